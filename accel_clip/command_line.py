@@ -1,0 +1,227 @@
+"""YAML files and flags, merged into one `Config`; every wrong word is an error that names the nearest right one."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, namespace_to_dict, set_parsing_settings
+
+from accel_clip.config import Config
+from accel_clip.faults import ConfigError, nearest
+
+HELP = ("-h", "--help")
+
+
+def parse_config(arguments: list[str], program: str, description: str) -> Config:
+    """Return the settings: defaults, then every `--config` file in order, then the flags.
+
+    Prints the help and exits when asked to. Raises `ConfigError` for an unknown key, a wrong type or a value out of
+    range.
+    """
+    parser = build_parser(program, description)
+    files, flags = take_config_files(arguments)
+    if any(flag in HELP for flag in flags):
+        parser.print_help()
+        raise SystemExit(0)
+    try:
+        settings = parser.get_defaults()
+        for file in files:
+            settings = parser.parse_object(namespace_of(file), cfg_base=settings)
+        settings = parser.parse_args([*wrap_list_values(flags)], namespace=settings)
+    except ArgumentError as error:
+        raise ConfigError(one_line(str(error))) from error
+    return config_from(parser, settings)
+
+
+def load_config(file: Path | str) -> Config:
+    """Return the settings that a `config.yaml` holds."""
+    return parse_config(["--config", str(file)], "accel-clip", "")
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the resolved settings so that `load_config` gives them back."""
+    text = yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def build_parser(program: str, description: str) -> ArgumentParser:
+    """Return the parser of every setting, with its help, unit and default from `config.py`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; may be given several times")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def config_from(parser: ArgumentParser, settings: Namespace) -> Config:
+    """Return the dataclass of parsed settings; range errors come from the dataclasses themselves."""
+    settings = settings.clone()
+    settings.pop("config", None)
+    objects = namespace_to_dict(parser.instantiate(settings))
+    return Config(**{key: value for key, value in objects.items() if key in {f.name for f in fields(Config)}})
+
+
+def take_config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Split a command line into its `--config` files and its flags, each checked to be a known key."""
+    files: list[Path] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            files.append(Path(value if equals else next_word(words, "--config")))
+        else:
+            if word.startswith("--"):
+                check_known(name[2:].removesuffix("+"), "--")
+            flags.append(word)
+    return files, flags
+
+
+def next_word(words: Iterator[str], flag: str) -> str:
+    """Return the value after a flag."""
+    value = next(words, None)
+    if value is None:
+        raise ConfigError(f"{flag} needs a value")
+    return value
+
+
+def known_keys() -> dict[str, Any]:
+    """Return every dotted key with its type."""
+    return dict(walk_keys(Config, ""))
+
+
+def walk_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a dataclass and their types; only sections are entered, not dictionaries."""
+    hints = get_type_hints(section)
+    for entry in fields(section):
+        hint = hints[entry.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from walk_keys(hint, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hint
+
+
+def check_known(key: str, dashes: str) -> None:
+    """Raise `ConfigError` for a key that does not exist, with the nearest one that does."""
+    keys = known_keys()
+    inside_dictionary = any(key.startswith(f"{name}.") for name, hint in keys.items() if get_origin(hint) is dict)
+    if key not in keys and not inside_dictionary and dashes + key not in HELP:
+        by_last_word = {name.rpartition(".")[2]: name for name in keys}
+        close = nearest(key, keys) or nearest(key, by_last_word)
+        for last_word, name in by_last_word.items():
+            close = close.replace(f"'{last_word}'", f"'{name}'")
+        raise ConfigError(f"unknown key '{dashes}{key}'{close or ' (see --help)'}")
+
+
+def takes_a_list(hint: Any) -> bool:
+    """Return whether a setting of this type is a list."""
+    return get_origin(hint) is list or any(get_origin(option) is list for option in get_args(hint))
+
+
+def wrap_list_values(flags: list[str]) -> Iterator[str]:
+    """Yield the flags with one bare value of a list setting put in brackets: `--plugins mine.py`."""
+    keys = known_keys()
+    expects_list = False
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            expects_list = takes_a_list(keys.get(name[2:]))
+            yield f"{name}={bracket(value)}" if equals and expects_list else word
+        else:
+            yield bracket(word) if expects_list else word
+
+
+def bracket(value: str) -> str:
+    """Return a YAML list of one bare value; lists and null stay as they are."""
+    if value.startswith("[") or value == "null":
+        return value
+    return f"[{value}]" if value.startswith("{") else json.dumps([value], ensure_ascii=False)
+
+
+def namespace_of(file: Path) -> dict[str, Any]:
+    """Return a YAML file's settings, its keys checked and its bare values put in lists."""
+    settings = read_yaml(file)
+    hints = known_keys()
+    for key, value in flatten(settings, file):
+        if takes_a_list(hints.get(key)) and value is not None and not isinstance(value, list):
+            section, _, name = key.rpartition(".")
+            (settings[section] if section else settings)[name] = [value]
+    return settings
+
+
+def flatten(settings: dict[str, Any], file: Path) -> list[tuple[str, Any]]:
+    """Return a file's dotted keys and values; raises `ConfigError` for a key that does not exist."""
+    sections = {key.partition(".")[0] for key in known_keys() if "." in key}
+    flat: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if name in sections and isinstance(value, dict):
+            flat.extend((f"{name}.{key}", inner) for key, inner in value.items())
+        elif name in sections:
+            raise ConfigError(f"{file}: '{name}' is a section: write its keys below it, indented")
+        else:
+            flat.append((str(name), value))
+    for key, _ in flat:
+        check_known_in(file, key)
+    return flat
+
+
+def check_known_in(file: Path, key: str) -> None:
+    """Raise `ConfigError` naming the file for a key that does not exist."""
+    try:
+        check_known(key, "")
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key written twice and reads `1e-3` as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raises `yaml.YAMLError` for a key that stands in it twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """A safe YAML dumper that quotes what the loader would read as a number."""
+
+
+for side in (UniqueKeyLoader, Dumper):
+    side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return what a YAML file holds; plain data only. Raises `ConfigError` where it cannot be read."""
+    try:
+        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: {one_line(str(error))}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {file}: it must hold settings as 'key: value', not {type(settings).__name__}")
+    return settings
+
+
+def one_line(message: str) -> str:
+    """Return a parser's message on one line, in the words of this command."""
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    text = " ".join(text.split()).replace("NoneType", "null").replace("argument --", "")
+    text = re.sub(r"unrecognized arguments: (.*)", r"unknown word '\1': settings are written --key value", text)
+    text = re.sub(r"Expected an? (\S+?)\.? Got value: ", r"expected \1, got ", text)
+    return re.sub(r"Does not validate .*? Subtypes: \[(.*?)\] .* Given value: ", r"expected \1, got ", text)

@@ -1,0 +1,89 @@
+"""What a person sees: lines, errors and the progress bar, from the first process only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+
+def is_first_process() -> bool:
+    """Return whether this process speaks for all, judged by the launcher's `RANK` (torch is not needed)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Write one line to standard error, above a progress bar where there is one."""
+    if is_first_process():
+        write_line(message)
+
+
+def write_line(message: str) -> None:
+    """Write one line to standard error from whichever process this is."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        sys.stderr.write(message + "\n")
+    else:
+        tqdm.tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def result(text: str) -> None:
+    """Write what a command was asked for to standard output, for a person or a pipe."""
+    if is_first_process():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def error(message: str, from_every_process: bool = False) -> None:
+    """Write one line that says why the command ends; errors that only one process knows come from that process."""
+    if from_every_process or is_first_process():
+        write_line(f"accel-clip: error: {message}")
+
+
+class Progress:
+    """A progress bar over the steps of a run, on the first process."""
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(disable=True)
+
+    def open(self, num_steps: int) -> None:
+        """Show the bar of a run."""
+        from tqdm.auto import tqdm
+
+        interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
+        hidden = not is_first_process()
+        self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, disable=hidden, mininterval=interval)
+
+    def advance(self) -> None:
+        """Count one step."""
+        self.bar.update()
+
+    def show(self, point: Mapping[str, float]) -> None:
+        """Put loss, learning rate, logit scale, rate and the share of time spent waiting for data behind the bar."""
+        waiting = point["data_time"] / max(point["data_time"] + point["step_time"], 1e-9)
+        shown = {
+            "loss": f"{point['loss']:.4f}",
+            "lr": f"{point['lr']:.2e}",
+            "scale": f"{point['logit_scale']:.2f}",
+            "pairs/s": f"{point['samples_per_second']:.0f}",
+            "data": f"{waiting:.0%}",
+        }
+        self.bar.set_postfix(shown, refresh=False)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation above the bar."""
+        shown = [f"{key.removeprefix('val/')} {value:.4f}" for key, value in metrics.items() if worth_a_line(key)]
+        if shown:
+            say(f"step {step}: " + "  ".join(shown))
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it."""
+        self.bar.close()
+
+
+def worth_a_line(metric: str) -> bool:
+    """Return whether a metric is among the few that are shown while training."""
+    return metric == "val/loss" or metric.endswith(("R@1", "R@10", "top1"))

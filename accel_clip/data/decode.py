@@ -1,0 +1,153 @@
+"""From a picture as it is stored to 8-bit RGB: the same pixels from every source."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from accel_clip.data.bad_samples import UnusableSample
+
+Image.init()  # registers every format of Pillow, so that `readable_formats` knows them all
+
+PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to an interpreter of programs (Ghostscript): not for pictures of others
+WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+DECODING_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError),
+    *(ArithmeticError, struct.error, RuntimeError, MemoryError),
+)
+"""What Pillow's readers raise for broken files."""
+
+
+def decode_picture(image: Image.Image | bytes | Path, max_pixels: float) -> Image.Image:
+    """Return a picture in mode RGB: first frame, upright by its EXIF orientation, white where it is transparent.
+
+    Raises `UnusableSample` with the reason `unreadable`, `too_large` (seen in the header, before any pixel is decoded)
+    or `missing_file`.
+    """
+    path = str(image) if isinstance(image, Path) else getattr(image, "filename", None) or None
+    try:
+        with pillow_limit(max_pixels), opened(image) as picture:
+            require_size(picture, max_pixels, path)
+            picture.load()
+            return to_rgb(upright(picture))
+    except UnusableSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise too_large(str(error).partition(" exceeds")[0], max_pixels, path) from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UnusableSample("missing_file", error.strerror or "no such file", path) from error
+    except UnidentifiedImageError as error:
+        raise UnusableSample("unreadable", f"not a picture that Pillow reads{looks_like(image)}", path) from error
+    except DECODING_ERRORS as error:
+        raise UnusableSample("unreadable", str(error) or type(error).__name__, path) from error
+
+
+@contextlib.contextmanager
+def pillow_limit(max_pixels: float) -> Iterator[None]:
+    """Make Pillow's own check, which also sees pictures inside pictures, refuse what `data.max_pixels` refuses."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = int(max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata, which name no file
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextlib.contextmanager
+def opened(image: Image.Image | bytes | Path) -> Iterator[Image.Image]:
+    """Yield the picture with its header read; what was opened here is closed again."""
+    if isinstance(image, Image.Image):
+        yield image
+        return
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=readable_formats()) as picture:
+        yield picture
+
+
+def readable_formats() -> list[str]:
+    """Return the names of the formats that are read, those that plugins such as `pillow_heif` add included."""
+    return [name for name in Image.ID if name not in PROGRAM_FORMATS]
+
+
+def require_size(picture: Image.Image, max_pixels: float, path: str | None) -> None:
+    """Raise `UnusableSample` unless the picture has pixels, and not too many."""
+    if picture.width * picture.height > max_pixels:
+        raise too_large(f"{picture.width} x {picture.height} pixels", max_pixels, path)
+    if picture.width < 1 or picture.height < 1:
+        raise UnusableSample("unreadable", f"{picture.width} x {picture.height} pixels", path)
+
+
+def too_large(size: str, max_pixels: float, path: str | None) -> UnusableSample:
+    """Return the error for a picture above the limit."""
+    return UnusableSample("too_large", f"{size}, and data.max_pixels is {max_pixels:,.0f}", path)
+
+
+def looks_like(image: Image.Image | bytes | Path) -> str:
+    """Return what a file that is no picture often is instead; its text itself is kept out of logs."""
+    if isinstance(image, Path):
+        with image.open("rb") as file:
+            head = file.read(64)
+    else:
+        head = image[:64] if isinstance(image, bytes) else b""
+    head = head.lstrip().lower()
+    if not head:
+        return " (it is empty)"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return " (it is a web page)"
+    return " (it is a Git LFS pointer: run git lfs pull)" if head.startswith(b"version https://git-lfs") else ""
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF orientation says, which is then gone; broken EXIF says nothing."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODING_ERRORS:
+        return picture  # its pixels are fine: every viewer shows it as it is stored
+    return picture if orientation == 1 else ImageOps.exif_transpose(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return the picture in mode RGB: white where it is transparent, more than 8 bits scaled to 8."""
+    if picture.mode in DEEP_GREY:
+        picture = to_8_bit(picture)
+    if picture.mode in WITH_ALPHA or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def to_8_bit(picture: Image.Image) -> Image.Image:
+    """Return deep grey as 8-bit grey, or grey with alpha where one value stands for transparent.
+
+    16-bit modes span 0 to 65535. The modes I and F do not say what they span: it is the first of 0…1 (F only), 0…255
+    and 0…65535 that holds every value, else the span of the values themselves.
+    """
+    values = numpy.nan_to_num(numpy.asarray(picture).astype(numpy.float64))
+    low, high = span(values, picture.mode)
+    grey = Image.fromarray(numpy.rint((values - low) * (255 / (high - low))).astype(numpy.uint8))
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(numpy.where(values == transparent, 0, 255).astype(numpy.uint8)))
+    return grey
+
+
+def span(values: numpy.ndarray, mode: str) -> tuple[float, float]:
+    """Return the values that stand for black and white."""
+    if mode.startswith("I;16"):
+        return 0, 65535
+    low, high = float(values.min()), float(values.max())
+    for limit in (1, 255, 65535) if mode == "F" else (255, 65535):
+        if low >= 0 and high <= limit:
+            return 0, limit
+    return low, max(high, low + 1)

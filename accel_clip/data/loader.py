@@ -1,0 +1,153 @@
+"""Batches for one process: samples fetched, decoded, augmented and tokenized in worker processes, ahead of the step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor
+
+from accel_clip.config import DataConfig
+from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample
+from accel_clip.data.batch import Batch
+from accel_clip.data.captions import caption_hash, choose_caption
+from accel_clip.data.decode import decode_picture
+from accel_clip.data.order import Order, no_usable_sample
+from accel_clip.data.sources.base import Source
+from accel_clip.faults import DataError
+from accel_clip.randomness import derive_seed, seeded
+
+TRAINING_CROP_SCALE = (0.9, 1.0)  # share of the picture that is kept; open_clip's default (transform.py, AugmentationCfg)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position in the order of an epoch."""
+
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L]."""
+
+    image: Tensor
+    tokens: Tensor
+    sample: int
+    caption_hash: int
+    bad_samples: tuple[BadSample, ...]
+
+
+class TrainingPairs(Dataset[Example]):
+    """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        tokenizer: Callable[[list[str]], Tensor],
+        image_size: int | tuple[int, int],
+        max_pixels: float,
+    ) -> None:
+        self.source, self.order, self.tokenizer, self.max_pixels = source, order, tokenizer, max_pixels
+        self.crop = RandomResizedCrop(image_size, TRAINING_CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
+
+    def __getitem__(self, place: Place) -> Example | DataError:
+        """Return the pair at a place; an error is returned too, since raised in a worker it would lose its message."""
+        try:
+            return self.find(place)
+        except DataError as error:
+            return error
+
+    def find(self, place: Place) -> Example:
+        """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any."""
+        met: list[BadSample] = []
+        for sample in self.order.candidates(place.epoch, place.position):
+            try:
+                return self.load(sample, place.epoch, tuple(met[:1]))
+            except UnusableSample as problem:
+                met.append(self.describe(problem, sample, place.epoch))
+        raise no_usable_sample(place.epoch, place.position)
+
+    def load(self, sample: int, epoch: int, bad_samples: tuple[BadSample, ...]) -> Example:
+        """Return a sample; its caption and augmentation are drawn by (seed, epoch, sample) alone."""
+        pair = self.source[sample]
+        caption = choose_caption(pair.captions, self.order.seed, epoch, sample)
+        picture = decode_picture(pair.image, self.max_pixels)
+        with seeded(derive_seed(self.order.seed, "augmentation", epoch, sample)):
+            image = self.augment(picture)
+        return Example(image, self.tokenizer([caption])[0], sample, caption_hash(caption), bad_samples)
+
+    def augment(self, picture: Image) -> Tensor:
+        """Return a random crop at the model's size, uint8 [3, H, W]."""
+        return pil_to_tensor(self.crop(picture))
+
+    def describe(self, problem: UnusableSample, sample: int, epoch: int) -> BadSample:
+        """Return the record of an unusable sample."""
+        return BadSample(self.source.name, sample, problem.reason, problem.path, problem.detail, epoch)
+
+
+class BatchPlaces(Sampler[list[Place]]):
+    """The places of one process, batch after batch over all epochs of the run."""
+
+    def __init__(self, order: Order, num_batches: int, process: int, num_processes: int) -> None:
+        self.order, self.num_batches = order, num_batches
+        self.process, self.num_processes = process, num_processes
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for batch in range(self.num_batches):
+            epoch, positions = self.order.positions(batch, self.process, self.num_processes)
+            yield [Place(epoch, position) for position in positions]
+
+
+def collate(fetched: Sequence[Example | DataError]) -> Batch | DataError:
+    """Return examples as one batch, or the first error among them."""
+    for item in fetched:
+        if isinstance(item, DataError):
+            return item
+    examples = [item for item in fetched if isinstance(item, Example)]
+    return Batch(
+        image=torch.stack([example.image for example in examples]),
+        tokens=torch.stack([example.tokens for example in examples]),
+        sample=torch.tensor([example.sample for example in examples]),
+        caption_hash=torch.tensor([example.caption_hash for example in examples]),
+        bad_samples=tuple(bad for example in examples for bad in example.bad_samples),
+    )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the training process, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def iterate(
+    pairs: TrainingPairs, places: BatchPlaces, config: DataConfig, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield the batches of one process, on the CPU; raises what a worker could not get over.
+
+    A generator of its own keeps the loader from drawing on torch's, so that dropout does not depend on the workers.
+    """
+    loader = DataLoader(
+        pairs,
+        batch_sampler=places,
+        collate_fn=collate,
+        num_workers=num_workers,
+        prefetch_factor=config.prefetch if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, DataError):
+            raise UnusableData(str(item)) from item
+        yield item

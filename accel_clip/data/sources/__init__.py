@@ -1,0 +1,1 @@
+"""Where pairs come from: tables, folders, `datasets` and the built-in demo."""

@@ -1,0 +1,49 @@
+"""What a source of pairs is, the registry of sources, and how a user's words find one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from accel_clip.registry import Registry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture as it is stored, and the captions it may be shown with (none when it has none)."""
+
+    image: Image | bytes | Path
+    captions: tuple[str, ...]
+    label: str | None = None
+
+
+class Source(Protocol):
+    """A map-style source: it knows its length and fetches pair `index`, the same one every time.
+
+    A registered entry is a function `(argument, options: SourceConfig) -> Source`; `argument` is what the user
+    wrote after `name:`.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def key(self, index: int) -> str:
+        """Return the identity of the picture: pairs with one key show one picture."""
+        ...
+
+
+@runtime_checkable
+class HasHeldOut(Protocol):
+    """A source that brings its own held-out part, which is used instead of `data.val_fraction`."""
+
+    def held_out(self) -> Source: ...
+
+
+SOURCES = Registry("source", setting="data.train")

@@ -1,0 +1,143 @@
+"""How a user's words find a source: registered names, tables, folders and saved datasets.
+
+This module imports nothing heavy, so that `locate` finds a missing file before torch, pyarrow or datasets are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accel_clip.config import DataConfig, SourceConfig
+from accel_clip.data.sources.base import SOURCES, Source
+from accel_clip.faults import DataError, nearest
+
+BUILT_IN = {"demo": "accel_clip.data.sources.demo", "hf": "accel_clip.data.sources.hub"}
+"""Registered names of this package, and the modules that register them when they are imported."""
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+FORMS = (
+    f"write a table ({', '.join(TABLE_SUFFIXES)}), a folder of pictures, a saved dataset, hf:org/name[:split], demo, "
+    "or name:argument of a registered source"
+)
+
+
+@dataclass(frozen=True)
+class SourceOptions(SourceConfig):
+    """All settings of one source: those of its item completed by the `data` section's, which every opener receives."""
+
+    encoding: str | None = None
+    """text encoding of tables and captions; null = found"""
+    label_key: str | None = None
+    """column with the label; null = found by the usual names"""
+    needs: str = "captions"
+    """what a table must have beside pictures: captions, or labels"""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the pairs are: `kind` is registered, table, folder or saved; `path` is absent for registered names."""
+
+    kind: str
+    name: str
+    argument: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Return the file or folder."""
+        return Path(self.name).expanduser()
+
+
+def open_sources(items: Sequence[str | SourceConfig], data: DataConfig) -> Source:
+    """Return the pairs of all items as one source."""
+    from accel_clip.data.sources.combine import Concatenated
+
+    sources = [open_source(item, data) for item in items]
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def open_source(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
+    """Return a source of pictures with captions, and with labels where it has them (`label_key`, or the usual names).
+
+    Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there.
+    """
+    return open_located(locate(item, setting_of(item, data)), complete(item, data, label_key, needs="captions"))
+
+
+def open_labelled(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
+    """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
+    return open_located(locate(item, "eval.zero_shot"), complete(item, data, label_key, needs="labels"))
+
+
+def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
+    """Return the setting that an item stands in, for messages."""
+    return "data.val" if item in (data.val or []) and item not in data.train else "data.train"
+
+
+def complete(item: str | SourceConfig, data: DataConfig, label_key: str | None, needs: str) -> SourceOptions:
+    """Return an item's settings, with those of the `data` section where it has none of its own."""
+    own = item if isinstance(item, SourceConfig) else SourceConfig(item)
+    return SourceOptions(
+        source=own.source,
+        image_key=own.image_key or data.image_key,
+        caption_key=own.caption_key or data.caption_key,
+        image_root=own.image_root or data.image_root,
+        encoding=data.encoding,
+        label_key=label_key,
+        needs=needs,
+    )
+
+
+def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
+    """Return where an item's pairs are, without opening them; raises `DataError` saying what the setting takes."""
+    written = item.source if isinstance(item, SourceConfig) else item
+    name, _, argument = written.partition(":")
+    if name in SOURCES or name in BUILT_IN:
+        return Location("registered", name, argument)
+    path = Path(written).expanduser()
+    if not written or not path.exists():
+        raise DataError(f"{setting}: nothing is found under '{written}'{suggestion(name, path)} {FORMS}")
+    if path.is_dir():
+        saved = any((path / file).is_file() for file in SAVED_DATASET_FILES)
+        return Location("saved" if saved else "folder", written)
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        known = ", ".join(TABLE_SUFFIXES)
+        raise DataError(f"{setting}: '{written}' is a file of unknown kind '{path.suffix}'; known: {known}; {FORMS}")
+    return Location("table", written)
+
+
+def suggestion(name: str, path: Path) -> str:
+    """Return the end of a sentence that names the registered source or the neighbouring file most like it."""
+    registered = [*BUILT_IN, *(word for entry in SOURCES for word in (entry.name, *entry.aliases))]
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(name, registered) or nearest(path.name, neighbours) or ";"
+
+
+def open_located(location: Location, options: SourceOptions) -> Source:
+    """Return the source at a location."""
+    match location.kind:
+        case "registered":
+            if location.name in BUILT_IN:
+                importlib.import_module(BUILT_IN[location.name])
+            return SOURCES.get(location.name)(location.argument, options)
+        case "saved":
+            from accel_clip.data.sources.hub import open_saved
+
+            return open_saved(location.path, options)
+        case "folder":
+            from accel_clip.data.sources.folder import open_folder
+
+            return open_folder(location.path, options)
+        case _:
+            from accel_clip.data.sources.table import open_table
+
+            return open_table(location.path, options)
+
+
+def register_built_in() -> None:
+    """Import the modules of this package that register sources, for a list of all there are."""
+    for module in BUILT_IN.values():
+        importlib.import_module(module)

@@ -1,0 +1,1 @@
+"""What a model can do: retrieval, validation loss and zero-shot classification."""

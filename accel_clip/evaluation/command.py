@@ -1,0 +1,51 @@
+"""Evaluation of a model on its own, outside a training run."""
+
+from __future__ import annotations
+
+from accel_clip.check import check_sources
+from accel_clip.config import Config
+from accel_clip.data.pairs import open_pairs
+from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.resolve import open_labelled, open_sources
+from accel_clip.evaluation.evaluator import Evaluator
+from accel_clip.losses.base import build_loss
+from accel_clip.models.build import build_model
+from accel_clip.processes import build_accelerator, choose_workers
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Return the metrics of the model that the settings name on `data.val` and `eval.zero_shot`."""
+    check_sources(config)
+    held_out = None if config.data.val is None else open_sources(config.data.val, config.data)
+    evaluator = build_evaluator(config, held_out)
+    metrics = evaluator.run()
+    evaluator.accelerator.end_training()
+    return metrics
+
+
+def evaluate_run(config: Config) -> Evaluator:
+    """Return an evaluator that has measured a model on what a run with these settings held out."""
+    check_sources(config)
+    evaluator = build_evaluator(config, open_pairs(config.data)[1])
+    evaluator.run()
+    evaluator.accelerator.end_training()
+    return evaluator
+
+
+def build_evaluator(config: Config, held_out: Source | None) -> Evaluator:
+    """Return an evaluator with an `Accelerator` and a model of its own."""
+    loss = build_loss(config.loss)
+    accelerator = build_accelerator(config.train)
+    model = build_model(config.model, needs_logit_bias=loss.requires_bias())
+    model.clip.to(accelerator.device)
+    labelled = config.eval.zero_shot
+    return Evaluator(
+        accelerator,
+        model,
+        config.eval,
+        held_out=held_out,
+        zero_shot=None if labelled is None else open_labelled(labelled, config.data, config.eval.label_key),
+        loss=loss,
+        max_pixels=config.data.max_pixels,
+        num_workers=choose_workers(config.data.workers, accelerator.device),
+    )

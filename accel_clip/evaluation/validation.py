@@ -1,0 +1,127 @@
+"""The held-out pairs: which pictures and captions there are, what belongs together, and the loss on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from accel_clip.console import say
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.sources.base import Source
+from accel_clip.evaluation.encode import describe
+from accel_clip.faults import DataError
+from accel_clip.losses.base import Loss, total
+from accel_clip.losses.gradient import ieee_float32
+from accel_clip.randomness import derive_seed
+
+WITHOUT_CAPTION = ("no_caption", "caption_encoding")
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """The pairs of a held-out source, its pictures and captions counted once.
+
+    indices: where in the source each of the N pictures stands; captions: the M texts; image_of_pair, text_of_pair:
+    int64 [P], what belongs together, every caption of every pair; image_of_row, text_of_row: int64 [R], the same for
+    each pair with its first caption only.
+    """
+
+    source: Source
+    indices: list[int]
+    captions: list[str]
+    image_of_pair: Tensor
+    text_of_pair: Tensor
+    image_of_row: Tensor
+    text_of_row: Tensor
+
+
+def read_held_out(source: Source) -> HeldOutPairs:
+    """Return the pairs of a source that have a caption and say how many there are.
+
+    Pairs with one key are one picture, equal texts one caption. Raises `DataError` when no pair has a caption.
+    """
+    images: dict[str, int] = {}
+    texts: dict[str, int] = {}
+    indices: list[int] = []
+    rows: list[tuple[int, int]] = []
+    pairs: dict[tuple[int, int], None] = {}  # a dictionary keeps the order, a set does not
+    for index in range(len(source)):
+        captions = captions_of(source, index)
+        if not captions:
+            continue
+        image = images.setdefault(source.key(index), len(images))
+        if image == len(indices):
+            indices.append(index)
+        numbers = [texts.setdefault(caption, len(texts)) for caption in captions]
+        rows.append((image, numbers[0]))
+        pairs.update(dict.fromkeys((image, number) for number in numbers))
+    if not rows:
+        raise DataError(f"data.val: no pair of {source.name} has a caption: nothing can be evaluated")
+    say_counts(source, len(rows), len(images), len(texts))
+    return HeldOutPairs(
+        source, indices, list(texts), *torch.tensor(list(pairs)).unbind(1), *torch.tensor(rows).unbind(1)
+    )
+
+
+def captions_of(source: Source, index: int) -> list[str]:
+    """Return the captions of a pair that are not blank; raises `DataError` for a pair that cannot be fetched."""
+    try:
+        return [caption for caption in source[index].captions if caption.strip()]
+    except UnusableSample as problem:
+        if problem.reason in WITHOUT_CAPTION:
+            return []
+        raise DataError(describe(source, index, problem)) from problem
+
+
+def say_counts(source: Source, num_pairs: int, num_pictures: int, num_captions: int) -> None:
+    """Say on what the model is validated, and what was left out."""
+    without = len(source) - num_pairs
+    left_out = f"; {without} without a caption left out" if without else ""
+    say(f"validation on {source.name}: {num_pairs} pairs, {num_pictures} pictures, {num_captions} captions{left_out}")
+
+
+def validation_loss(
+    accelerator: Accelerator,
+    loss: Loss,
+    clip: nn.Module,
+    image_features: Tensor,
+    text_features: Tensor,
+    pairs: HeldOutPairs,
+    batch_size: int,
+) -> float:
+    """Return the mean loss over batches of `batch_size` pairs (all when fewer), the same on every process.
+
+    image_features, text_features: unit-norm float32 [N, D] and [M, D]. A pair counts with its first caption. Batches
+    are cut from one fixed order, a short last one is left out; they are divided over the processes.
+    """
+    num_pairs = len(pairs.image_of_row)
+    batch_size = min(batch_size, num_pairs)
+    batches = fixed_order(num_pairs).split(batch_size)[: num_pairs // batch_size]
+    losses = torch.zeros(len(batches), device=accelerator.device)
+    with torch.no_grad(), ieee_float32():
+        scalars = logit_scalars(clip)
+        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
+            images = image_features[pairs.image_of_row[batches[number]]].to(accelerator.device)
+            texts = text_features[pairs.text_of_row[batches[number]]].to(accelerator.device)
+            losses[number] = total(loss({"image_features": images, "text_features": texts, **scalars}))
+    return accelerator.reduce(losses, "sum").cpu().double().mean().item()
+
+
+def fixed_order(num_pairs: int) -> Tensor:
+    """Return a permutation of the pairs that is the same in every run.
+
+    Tables often list the captions of one picture, or the pictures of one kind, in a row; in the table's order they
+    would meet in one batch, and the loss would say more about the table than about the model.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("validation loss"))
+    return torch.randperm(num_pairs, generator=generator)
+
+
+def logit_scalars(clip: nn.Module) -> dict[str, Tensor]:
+    """Return the logit scale (after exp) and, where the model has one, the logit bias, in float32."""
+    own = dict(clip.named_parameters(recurse=False))
+    scalars = {"logit_scale": own["logit_scale"].float().exp()}
+    return {**scalars, "logit_bias": own["logit_bias"].float()} if "logit_bias" in own else scalars

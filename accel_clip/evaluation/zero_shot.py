@@ -1,0 +1,82 @@
+"""Zero-shot classification: pictures find their class by the class's name alone.
+
+Each class name goes into every prompt template; the class is the normalised mean of the unit-norm prompt features
+(Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Equal scores count against the hit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from accel_clip.console import say
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.sources.base import Source
+from accel_clip.evaluation.encode import describe, encode_captions
+from accel_clip.evaluation.retrieval import ranks, recall_at
+from accel_clip.faults import DataError
+from accel_clip.models.build import ClipModel
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Pictures of a source and the class of each.
+
+    indices: their places in the source; classes: class names, sorted; class_of_picture: int64 [N].
+    """
+
+    source: Source
+    indices: list[int]
+    classes: list[str]
+    class_of_picture: Tensor
+
+
+def read_labelled(source: Source) -> LabelledPictures:
+    """Return the labelled pictures of a source and say how many there are.
+
+    Raises `DataError` when it has no labels at all.
+    """
+    labels = {index: label for index in range(len(source)) if (label := label_of(source, index))}
+    if not labels:
+        raise DataError(
+            f"eval.zero_shot: {source.name} has no labels: name a folder per class, or set eval.label_key to the "
+            "column with the class"
+        )
+    classes = sorted(set(labels.values()))
+    number = {name: place for place, name in enumerate(classes)}
+    without = len(source) - len(labels)
+    left_out = f"; {without} without a label left out" if without else ""
+    say(f"zero-shot on {source.name}: {len(labels)} pictures of {len(classes)} classes{left_out}")
+    return LabelledPictures(source, list(labels), classes, torch.tensor([number[label] for label in labels.values()]))
+
+
+def label_of(source: Source, index: int) -> str | None:
+    """Return the label of a picture; raises `DataError` for a sample that cannot be fetched."""
+    try:
+        return source[index].label
+    except UnusableSample as problem:
+        raise DataError(describe(source, index, problem)) from problem
+
+
+def class_features(
+    accelerator: Accelerator, model: ClipModel, classes: list[str], templates: list[str], batch_size: int
+) -> Tensor:
+    """Return the features of classes, unit-norm float32 [C, D]; `{}` in a template stands for the class name."""
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    features = encode_captions(accelerator, model, prompts, batch_size)
+    by_class = F.normalize(features, dim=-1).view(len(classes), len(templates), -1)
+    return F.normalize(by_class.mean(dim=1), dim=-1)
+
+
+def accuracy(
+    accelerator: Accelerator, image_features: Tensor, class_features: Tensor, class_of_picture: Tensor
+) -> dict[str, float]:
+    """Return `zero_shot/top1` (0 to 1), and `zero_shot/top5` where there are more than five classes."""
+    pictures = torch.arange(len(image_features))
+    found = ranks(accelerator, image_features, class_features, pictures, class_of_picture)
+    shown = (1, 5) if len(class_features) > 5 else (1,)
+    return {f"zero_shot/top{k}": recall_at(k, found) for k in shown}

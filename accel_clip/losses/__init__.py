@@ -1,0 +1,4 @@
+"""Contrastive losses and the rule that makes each of them exact over processes."""
+
+from accel_clip.losses import clip as clip
+from accel_clip.losses import siglip as siglip

@@ -1,0 +1,81 @@
+"""What a loss is: a function of the features of a whole batch that returns named terms, found by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel_clip.config import LossConfig
+from accel_clip.faults import ConfigError
+from accel_clip.registry import Registry, check_options
+
+LOSSES = Registry("loss", setting="loss.name")
+OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias", "logits", "labels", "output_dict")
+"""What the step passes to a loss, which therefore is no option of it."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A registered loss with its options bound.
+
+    Its function has open_clip's signature: it takes outputs of the model by name (`image_features` and
+    `text_features` [B, D], `logit_scale`, `logit_bias`, …) and `output_dict=True`, and returns named terms; those whose
+    names end in `_loss` are summed.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    def __call__(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the loss of a whole batch; outputs that the function does not name are left out."""
+        given = {**outputs, "output_dict": True}
+        parameters = inspect.signature(self.signature_of()).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        terms = self.function(**(given if takes_all else {key: given[key] for key in given if key in parameters}))
+        if isinstance(terms, Tensor):
+            terms = {f"{self.name}_loss": terms}
+        if not any(key.endswith("_loss") for key in terms):
+            raise ConfigError(
+                f"loss.name: '{self.name}' returned {sorted(terms)}: at least one term must have a name ending in _loss"
+            )
+        return terms
+
+    def signature_of(self) -> Callable[..., Any]:
+        """Return the callable whose signature says what the loss takes."""
+        return self.function.forward if isinstance(self.function, nn.Module) else self.function
+
+    def requires_bias(self) -> bool:
+        """Return whether the loss cannot do without a logit bias, as the sigmoid loss."""
+        parameter = inspect.signature(self.signature_of()).parameters.get("logit_bias")
+        return parameter is not None and parameter.default is parameter.empty
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the loss's own trainable parameters."""
+        if isinstance(self.function, nn.Module):
+            yield from (parameter for parameter in self.function.parameters() if parameter.requires_grad)
+
+    def to(self, device: torch.device) -> None:
+        """Move the loss's own parameters."""
+        if isinstance(self.function, nn.Module):
+            self.function.to(device)
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """Return the sum of the terms that count."""
+    return torch.stack([value for key, value in terms.items() if key.endswith("_loss")]).sum()
+
+
+def build_loss(config: LossConfig) -> Loss:
+    """Return the loss that the settings name: a class is built with the options, a function gets them bound.
+
+    Raises `ConfigError` for an unknown name or option.
+    """
+    target = LOSSES.get(config.name)
+    check_options("loss.options", f"the loss '{config.name}'", target, config.options, given=OUTPUTS)
+    return Loss(config.name, target(**config.options) if inspect.isclass(target) else partial(target, **config.options))

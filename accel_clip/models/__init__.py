@@ -1,0 +1,1 @@
+"""Models from open_clip, built, frozen and taken apart."""

@@ -1,0 +1,197 @@
+"""Models from open_clip, with everything an export needs to build them again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import get_model_config
+from torch import Tensor, nn
+
+from accel_clip.config import ModelConfig
+from accel_clip.faults import ConfigError, DataError, nearest
+
+TINY = Path(__file__).parent / "tiny.json"
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
+NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """An open_clip model, its tokenizer, and the two halves of its `open_clip_config.json`."""
+
+    clip: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    model_config: dict[str, Any]
+    preprocess_config: dict[str, Any]
+
+
+def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipModel:
+    """Return the model that the settings name, in float32 on the CPU.
+
+    needs_logit_bias: the loss is a sigmoid loss; logit scale and bias start at SigLIP's where the weights bring none.
+    Raises `ConfigError` for a wrong name or option and `DataError` where weights cannot be had.
+    """
+    name = registered_name(config.name)
+    options = creation_options(config)
+    model_config = resolved_config(name, options)
+    if needs_logit_bias and "init_logit_bias" not in model_config:
+        start = {"init_logit_bias": SIGLIP_LOGIT_BIAS}
+        if not has_weights(config):
+            start["init_logit_scale"] = math.log(SIGLIP_LOGIT_SCALE)
+        options, model_config = {**start, **options}, {**start, **model_config}
+    clip = create(name, config, options)
+    if needs_logit_bias and has_weights(config):
+        fill_missing_bias(clip, model_config)
+    tokenizer = open_clip.get_tokenizer(name, context_length=options.get("force_context_length"))
+    return ClipModel(clip, tokenizer, model_config, dict(clip.visual.preprocess_cfg))
+
+
+def registered_name(name: str) -> str:
+    """Return the name under which open_clip knows the model, after telling it of `tiny` or of a JSON file."""
+    if name == "tiny":
+        register_file(TINY)
+        return name
+    if name.endswith(".json"):
+        return register_json(Path(name))
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise ConfigError(f"model.name: {folder} holds no open_clip_config.json: name a folder that was exported")
+    elif not name.startswith("hf-hub:") and name.replace("/", "-") not in open_clip.list_models():
+        known = ["tiny", *open_clip.list_models()]
+        raise ConfigError(
+            f"model.name: unknown model '{name}'{nearest(name, known) or ''} "
+            "Known: tiny, the names of 'accel-clip list models', a .json file, hf-hub:org/name, local-dir:folder"
+        )
+    return name
+
+
+def register_json(file: Path) -> str:
+    """Return the name of a model that is described in a JSON file of open_clip's form."""
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {file} cannot be read: {error}") from error
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in described]
+    if missing:
+        raise ConfigError(f"model.name: {file} lacks {', '.join(missing)}: open_clip needs all three to build a model")
+    known = get_model_config(file.stem)
+    if known is not None and known != described:
+        raise ConfigError(f"model.name: {file} has the name of another model, '{file.stem}': rename the file")
+    register_file(file)
+    return file.stem
+
+
+def register_file(file: Path) -> None:
+    """Tell open_clip of a model's JSON file, once."""
+    if file.stem not in open_clip.list_models():
+        open_clip.add_model_config(file)
+
+
+def creation_options(config: ModelConfig) -> dict[str, Any]:
+    """Return `model.options` after checking that they do not say what other settings say."""
+    for key in config.options:
+        if key in NOT_ARCHITECTURE:
+            raise ConfigError(
+                f"model.options: '{key}' is not a setting of the architecture: use model.name, model.pretrained and "
+                "train.precision"
+            )
+    return dict(config.options)
+
+
+def resolved_config(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the architecture with the options in it, so that it builds the same model without them.
+
+    The rules are those of `open_clip.create_model` (open_clip/factory.py).
+    """
+    config = deepcopy(read_config(name))
+    creation = inspect.signature(open_clip.create_model).parameters
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if options.get("force_quick_gelu"):
+        config["quick_gelu"] = True
+    if options.get("force_custom_text"):
+        config["custom_text"] = True
+    if options.get("force_patch_dropout") is not None:
+        vision["patch_dropout"] = options["force_patch_dropout"]
+    if options.get("force_image_size") is not None:
+        vision["image_size"] = options["force_image_size"]
+    if options.get("force_context_length") is not None:
+        text["context_length"] = options["force_context_length"]
+    config.update({key: value for key, value in options.items() if key not in creation})
+    return config
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Return a model's configuration; raises `DataError` where the hub does not give it."""
+    try:
+        config = get_model_config(name.replace("/", "-") if ":" not in name else name)
+    except Exception as error:  # the hub client raises errors of many libraries; all mean that it cannot be had
+        raise DataError(f"model.name: {name}: {one_line(error)}") from error
+    assert config is not None, name
+    return config
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Return whether the model starts from weights."""
+    return config.pretrained is not None or config.name.startswith(("hf-hub:", "local-dir:"))
+
+
+def create(name: str, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
+    """Return open_clip's model; its errors come back with the setting that caused them."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    pretrained = config.pretrained
+    if pretrained is not None and ":" in name:
+        raise ConfigError(f"model.pretrained: '{config.name}' brings its own weights: leave model.pretrained away")
+    if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
+        known = ", ".join(tags) or "none for this model"
+        raise ConfigError(
+            f"model.pretrained: '{pretrained}' is neither a file nor a tag of '{name}'{nearest(pretrained, tags)} "
+            f"Tags: {known}"
+        )
+    logging.getLogger().addFilter(_is_not_random_notice)
+    try:
+        return open_clip.create_model(name, pretrained, output_dict=True, **options)
+    except TypeError as error:
+        raise ConfigError(f"model.options: {config.options} does not suit '{config.name}': {one_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model.pretrained: '{pretrained}' holds more than tensors, which loading it would run: use a .safetensors "
+            "file, or save its state dict alone"
+        ) from error
+    except (RuntimeError, AttributeError, KeyError, ValueError) as error:
+        what = f"model.pretrained: '{pretrained}'" if pretrained else f"model.name: '{config.name}'"
+        raise (DataError if pretrained in tags else ConfigError)(f"{what}: {one_line(error)}") from error
+    except OSError as error:
+        raise DataError(f"model.name: '{config.name}' cannot be downloaded or read: {one_line(error)}") from error
+    finally:
+        logging.getLogger().removeFilter(_is_not_random_notice)
+
+
+def _is_not_random_notice(record: logging.LogRecord) -> bool:
+    return "Model initialized randomly" not in record.getMessage()
+
+
+def fill_missing_bias(clip: nn.Module, model_config: dict[str, Any]) -> None:
+    """Start the logit bias at its initial value where the weights brought none (open_clip loads a zero then)."""
+    with torch.no_grad():
+        if clip.logit_bias is not None and not clip.logit_bias.any():
+            clip.logit_bias.fill_(model_config["init_logit_bias"])
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text on one line of readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " …"
+
+

@@ -1,0 +1,62 @@
+"""Which parameters are trained: those the user freezes and those the loss does not reach are left out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from accel_clip.console import say
+from accel_clip.faults import ConfigError
+from accel_clip.losses.base import Loss, total
+from accel_clip.models.build import ClipModel
+from accel_clip.models.names import matches
+from accel_clip.randomness import seeded
+
+
+def freeze(clip: nn.Module, patterns: list[str]) -> None:
+    """Freeze the parameters that match `image`, `text` or a name pattern.
+
+    Raises `ConfigError` for a pattern without a match and when nothing is left to train.
+    """
+    for pattern in patterns:
+        matched = [parameter for name, parameter in clip.named_parameters() if matches(pattern, name)]
+        if not matched:
+            examples = ", ".join([name for name, _ in clip.named_parameters()][:5])
+            raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; names look like {examples}, …")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in clip.parameters()):
+        raise ConfigError(f"model.freeze: {patterns} leaves nothing to train")
+
+
+def freeze_unused(model: ClipModel, loss: Loss) -> None:
+    """Freeze parameters that get no gradient from the loss, and say which: DDP would wait for them for ever.
+
+    One forward and backward of two made-up pairs finds them, without a trace in weights, statistics or randomness.
+    """
+    clip = model.clip
+    trainable = {name: parameter for name, parameter in clip.named_parameters() if parameter.requires_grad}
+    was_training = clip.training
+    clip.eval()
+    with seeded(0), torch.enable_grad():
+        outputs = clip(image=blank_pictures(model), text=model.tokenizer(["one", "two"]))
+        terms = loss({key: value for key, value in outputs.items() if value is not None})
+        gradients = torch.autograd.grad(total(terms), list(trainable.values()), allow_unused=True)
+    clip.train(was_training)
+    unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+    for name in unused:
+        trainable[name].requires_grad_(False)
+    if unused:
+        say(f"the loss '{loss.name}' does not use {listed(unused)}: frozen")
+
+
+def blank_pictures(model: ClipModel) -> torch.Tensor:
+    """Return two different made-up pictures of the model's size, float32 [2, 3, H, W]."""
+    size = model.preprocess_config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.stack([torch.zeros(3, height, width), torch.ones(3, height, width)])
+
+
+def listed(names: list[str]) -> str:
+    """Return a short list of names."""
+    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])} and {len(names) - 5} more"

@@ -1,0 +1,64 @@
+"""The model as it is trained: an open_clip model behind a normalisation of uint8 pictures on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accel_clip.models.build import ClipModel
+
+
+class TrainingModel(nn.Module):
+    """Takes uint8 pictures and tokens, returns open_clip's outputs by name.
+
+    The mean and standard deviation are not part of the weights; an export says them in its `preprocess_cfg`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: ClipModel) -> None:
+        super().__init__()
+        self.clip = model.clip
+        for name in ("mean", "std"):
+            values = torch.tensor(model.preprocess_config[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Return unit-norm features of what is given, the logit scale (after exp) and bias.
+
+        image: uint8 [b, 3, H, W]; text: int [b, L].
+        """
+        pixels = None if image is None else (image.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return self.clip(image=pixels, text=text)
+
+    def train(self, mode: bool = True) -> TrainingModel:
+        """Set the training mode; a tower that is frozen as a whole stays in evaluation mode, its features fixed."""
+        super().train(mode)
+        for tower in towers(self.clip):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+
+def towers(clip: nn.Module) -> list[nn.Module]:
+    """Return the modules that are a whole tower."""
+    text = [clip.text] if hasattr(clip, "text") else [clip.transformer]
+    return [clip.visual, *text]
+
+
+def clamp_logit_scale(clip: nn.Module, largest: float) -> None:
+    """Keep the logit scale (after exp) between 1 and `largest`; open_clip's trainer does it after every step too."""
+    with torch.no_grad():
+        clip.logit_scale.clamp_(0, torch.tensor(largest).log().item())
+
+
+def has_running_statistics(clip: nn.Module) -> bool:
+    """Return whether the model has batch norm, whose statistics DDP must keep equal over processes."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules())
+
+
+def no_decay_names(clip: nn.Module) -> set[str]:
+    """Return the parameters that the model's authors keep free of weight decay."""
+    names = clip.no_weight_decay() if hasattr(clip, "no_weight_decay") else set()
+    return {str(name) for name in names}

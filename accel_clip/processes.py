@@ -1,0 +1,124 @@
+"""The processes of a run: launches that do not fit together, the `Accelerator`, its precision and its threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from accel_clip.config import TrainConfig
+from accel_clip.console import say
+from accel_clip.faults import ConfigError
+
+
+def check_launch(environment: dict[str, str]) -> None:
+    """Raise `ConfigError` when several processes were asked for and one was started.
+
+    `accelerate launch --cpu --num_processes 2` sets a rendezvous address and no `WORLD_SIZE`: one process starts, and
+    says nothing.
+    """
+    if "MASTER_PORT" in environment and "WORLD_SIZE" not in environment:
+        raise ConfigError(
+            "several processes were asked for and only this one was started: for two processes on a CPU use "
+            "'accelerate launch --config_file accelerate_configs/cpu_2.yaml train.py'; "
+            "for one, leave --num_processes away (or unset MASTER_PORT)"
+        )
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the `Accelerator` of this process; processes without a GPU are told to meet on the CPU.
+
+    Raises `ConfigError` when the launcher's processes did not find each other, or for a precision this machine lacks.
+    """
+    check_launch(dict(os.environ))
+    set_threads(config.threads)
+    allow_tf32()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    forget_previous_accelerator()
+    try:
+        accelerator = Accelerator(
+            cpu=world_size > 1 and not torch.accelerator.is_available(),
+            mixed_precision=choose_precision(config.precision, dict(os.environ)),
+            gradient_accumulation_steps=config.accumulate,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.precision: '{config.precision}' does not work on this machine: {error}") from error
+    if accelerator.num_processes != world_size:
+        raise ConfigError(
+            f"the launcher started {world_size} processes and this one sees {accelerator.num_processes}: "
+            "launch with one of the files in accelerate_configs/"
+        )
+    refuse_sharding(accelerator)
+    return accelerator
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raise `ConfigError` for FSDP and DeepSpeed, under which the step has not been shown to be exact."""
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ConfigError(f"{kind} is not supported: launch with accelerate_configs/multi_gpu.yaml")
+
+
+def forget_previous_accelerator() -> None:
+    """Drop the state that Accelerate keeps in a process, so that a notebook can train twice with other settings."""
+    if AcceleratorState._shared_state and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def choose_precision(setting: str, environment: dict[str, str]) -> str | None:
+    """Return the mixed precision to ask Accelerate for; None leaves the launcher's choice.
+
+    `accelerate launch` always writes its `no`, so that counts as unset. Emulated bf16 (T4, V100) does not count as
+    bf16: it is slower than fp32.
+    """
+    if setting != "auto":
+        return setting
+    if environment.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16", "fp8"):
+        return None
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "no"
+
+
+def allow_tf32() -> None:
+    """Let towers multiply float32 in TF32 where the hardware has it; losses switch it off around themselves."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def num_local_processes() -> int:
+    """Return how many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores_per_process() -> int:
+    """Return the CPU cores that each process of the run may count on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_local_processes())
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the CPU threads of this process (plain `accelerate launch` sets one)."""
+    torch.set_num_threads(threads or cores_per_process())
+
+
+def choose_workers(workers: int | None, device: torch.device) -> int:
+    """Return the loader processes per training process: as many as there are cores when a GPU does the training.
+
+    On a CPU the towers need the cores, so one in four loads.
+    """
+    if workers is not None:
+        return workers
+    cores = cores_per_process()
+    return max(1, cores // 4) if device.type == "cpu" else min(cores, 16)
+
+
+def describe_processes(accelerator: Accelerator) -> None:
+    """Say on what the run trains."""
+    say(
+        f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, {torch.get_num_threads()} CPU thread(s) each"
+    )

@@ -1,0 +1,293 @@
+"""A training run: build the parts, then step, log and evaluate until the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from accel_clip.check import check_files, check_names
+from accel_clip.command_line import save_config
+from accel_clip.config import Config
+from accel_clip.console import Progress, say
+from accel_clip.data.bad_samples import BadSampleLog
+from accel_clip.data.batch import Batch
+from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
+from accel_clip.data.order import Order, check_divisible
+from accel_clip.data.pairs import open_pairs
+from accel_clip.data.sources.resolve import open_labelled
+from accel_clip.evaluation.evaluator import Evaluator
+from accel_clip.export import copy_of_weights, export_model
+from accel_clip.faults import NonFiniteError, describe as describe_error, exit_code_of
+from accel_clip.losses.base import build_loss, total
+from accel_clip.meters import MeterGroup, RateMeter
+from accel_clip.models.build import build_model
+from accel_clip.models.freezing import freeze, freeze_unused
+from accel_clip.models.training_model import (
+    TrainingModel,
+    clamp_logit_scale,
+    has_running_statistics,
+    no_decay_names,
+)
+from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
+from accel_clip.optim.schedules import build_schedule
+from accel_clip.processes import build_accelerator, choose_workers, describe_processes
+from accel_clip.randomness import derive_seed
+from accel_clip.run_folder import RunFolder
+from accel_clip.step import contrastive_step
+from accel_clip.stopping import EarlyStopping, check_metric
+from accel_clip.tracking import Tracking
+
+TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended: the metrics of what it exported, its optimizer steps, and the folder that open_clip loads."""
+
+    metrics: dict[str, float]
+    num_steps: int
+    export: Path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that may be exported, and what was last measured of them."""
+
+    weights: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def train(config: Config) -> TrainResult:
+    """Train a model as the settings say; the whole of `accelerate launch train.py`.
+
+    Raises the errors of `accel_clip.faults`; nothing is written before everything has been found and built.
+    """
+    check_files(config)
+    check_names(config)
+    return Trainer(config).run()
+
+
+class Trainer:
+    """The parts of one run and the loop over them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = RunFolder(config.output_dir)
+        self.loss = build_loss(config.loss)
+        self.accelerator = build_accelerator(config.train)
+        self.open_data()
+        self.build_model()
+        self.build_optimizer()
+        self.build_evaluator()
+        self.meters, self.rate, self.progress = MeterGroup(), RateMeter("pairs/s"), Progress()
+        self.step, self.stop_asked = 0, False
+        self.metrics: dict[str, float] = {}
+        self.best: Candidate | None = None
+
+    def open_data(self) -> None:
+        """Open the sources, hold a part out, and fix the order and the length of the run."""
+        data, train = self.config.data, self.config.train
+        check_divisible(train.batch_size, self.accelerator.num_processes)
+        self.pairs, self.held_out = open_pairs(data)
+        self.order = Order(len(self.pairs), train.batch_size, self.config.seed)
+        self.num_steps = train.steps or max(1, train.epochs * self.order.batches_per_epoch // train.accumulate)
+        self.schedule = build_schedule(self.config.optim, self.num_steps)
+        self.num_workers = choose_workers(data.workers, self.accelerator.device)
+
+    def build_model(self) -> None:
+        """Build the model with the same weights in every process and freeze what is not trained."""
+        torch.manual_seed(derive_seed(self.config.seed, "weights"))
+        self.model = build_model(self.config.model, needs_logit_bias=self.loss.requires_bias())
+        freeze(self.model.clip, self.config.model.freeze)
+        freeze_unused(self.model, self.loss)
+        self.loss.to(self.accelerator.device)
+
+    def build_optimizer(self) -> None:
+        """Wrap model and optimizer; from here on every process draws dropout of its own."""
+        clip = self.model.clip
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=has_running_statistics(clip))
+        named = [*clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(self.loss.parameters()))]
+        optimizer = build_optimizer(named, self.config.optim, no_decay_names(clip))
+        self.trained = [parameter for _, parameter in named if parameter.requires_grad]
+        self.wrapped, self.optimizer = self.accelerator.prepare(TrainingModel(self.model), optimizer)
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index))
+
+    def build_evaluator(self) -> None:
+        """Read the held-out pairs and the labelled pictures, and set up what the run may stop for."""
+        config = self.config
+        labelled = config.eval.zero_shot
+        self.evaluator = Evaluator(
+            self.accelerator,
+            self.model,
+            config.eval,
+            held_out=self.held_out,
+            zero_shot=None if labelled is None else open_labelled(labelled, config.data, config.eval.label_key),
+            loss=self.loss,
+            max_pixels=config.data.max_pixels,
+            num_workers=self.num_workers,
+        )
+        stop = config.stop
+        self.stopping = (
+            None if stop.metric is None else EarlyStopping(stop.metric, stop.mode, stop.patience, stop.min_delta)
+        )
+
+    def run(self) -> TrainResult:
+        """Train to the end and export; what ends the run early is told in `STATUS.json`."""
+        self.create_folder()
+        try:
+            self.start()
+            self.evaluate()
+            if self.stopping is not None:
+                check_metric(self.stopping.metric, {*TRAINING_METRICS, *self.metrics})
+            for batches in self.batches():
+                self.train_step(batches)
+                self.log()
+                self.evaluate()
+                if self.stop_asked:
+                    break
+            return self.finish()
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def create_folder(self) -> None:
+        """Create the run folder once every process has found it unused."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.create()
+            save_config(self.config, self.folder.config)
+            self.folder.write_status("running", self.step)
+
+    def start(self) -> None:
+        """Open everything that measures the run."""
+        describe_processes(self.accelerator)
+        self.tracking = Tracking(self.accelerator, self.config, self.folder)
+        self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)
+        self.progress.open(self.num_steps)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Yield what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
+        accelerator, model, train = self.accelerator, self.model, self.config.train
+        num_batches = self.num_steps * train.accumulate
+        places = BatchPlaces(self.order, num_batches, accelerator.process_index, accelerator.num_processes)
+        size, max_pixels = model.preprocess_config["size"], self.config.data.max_pixels
+        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, max_pixels)
+        loader = iterate(pairs, places, self.config.data, self.num_workers, accelerator.device.type == "cuda")
+        for _ in range(self.num_steps):
+            start = time.perf_counter()
+            batches = [next(loader).to(accelerator.device) for _ in range(train.accumulate)]
+            self.meters.update("data_time", time.perf_counter() - start)
+            yield batches
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """Take one optimizer step on the average gradient of the batches."""
+        self.wrapped.train()
+        self.meters.update("lr", set_learning_rate(self.optimizer, self.schedule.multiplier(self.step)))
+        for batch in batches:
+            self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
+            with self.accelerator.accumulate(self.wrapped):
+                terms = contrastive_step(self.accelerator, self.wrapped, self.loss, batch)
+                if self.accelerator.sync_gradients:
+                    limit = self.config.optim.grad_clip or math.inf
+                    self.meters.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.meters.update("loss", total(terms))
+            self.meters.update_all({f"loss/{name}": value for name, value in terms.items()})
+        clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)
+        self.step += 1
+        self.rate.update(self.config.train.batch_size * len(batches))
+        self.progress.advance()
+
+    def log(self) -> None:
+        """Write a point when one is due: means over the steps since the last one, over all processes."""
+        if self.is_due(self.config.track.every) or self.ends_epoch():
+            self.bad_samples.collect(self.accelerator)
+            self.bad_samples.check(self.ends_epoch())
+        if not self.is_due(self.config.track.every):
+            return
+        point = self.meters.reduce(self.accelerator)  # waits for the device, so it comes before the clock is read
+        samples_per_second = self.rate.rate
+        point |= {
+            "samples": self.step * self.samples_per_step,
+            "epoch": self.epochs_after(self.step),
+            "logit_scale": self.model.clip.logit_scale.exp().item(),
+            "samples_per_second": samples_per_second,
+            "step_time": self.samples_per_step / samples_per_second - point["data_time"],
+        }
+        self.rate.reset()
+        self.progress.show(point)
+        if not (math.isfinite(point["loss"]) and math.isfinite(point["grad_norm"])):
+            raise NonFiniteError(
+                f"step {self.step}: loss {point['loss']}, gradient norm {point['grad_norm']}: lower optim.lr, "
+                "lengthen optim.warmup, or set train.precision to bf16 or no"
+            )
+        self.record(point)
+
+    def evaluate(self) -> None:
+        """Evaluate when it is due: at step 0, every `eval.every` steps or once an epoch, and at the end."""
+        every = self.config.eval.every
+        if self.step > 0 and not (self.ends_epoch() if every is None else self.is_due(every)):
+            if not (self.is_last() or self.stop_asked):
+                return
+        with self.rate.paused():
+            self.metrics = self.evaluator.run()
+            self.progress.report(self.step, self.metrics)
+            self.tracking.log_picture(self.step, "retrieval", self.evaluator.picture_grid)
+            self.record(self.metrics)
+
+    def record(self, point: dict[str, float]) -> None:
+        """Write a point to every tracker, and see whether it is the best one or the last one needed."""
+        self.tracking.log(self.step, point)
+        if self.stopping is not None:
+            verdict = self.stopping.update(point, self.step)
+            self.stop_asked |= verdict.should_stop
+            if verdict.is_best:
+                self.best = Candidate(copy_of_weights(self.model), {**self.metrics})
+
+    def finish(self) -> TrainResult:
+        """Export the best or the last weights and close what is open."""
+        chosen = self.best or Candidate(copy_of_weights(self.model), self.metrics)
+        if self.accelerator.is_main_process:
+            export_model(self.folder.export, self.model, chosen.weights, chosen.metrics)
+            self.folder.write_status("complete", self.step, exit_code=0)
+        self.progress.close()
+        self.tracking.close()
+        if self.bad_samples.counts:
+            say(f"unusable samples: {self.bad_samples.summary()}; listed in {self.folder.bad_samples}")
+        self.accelerator.end_training()
+        return TrainResult(chosen.metrics, self.step, self.folder.export)
+
+    def fail(self, error: BaseException) -> None:
+        """Write down why the run ended early."""
+        self.progress.close()
+        if self.accelerator.is_main_process:
+            self.folder.write_status("failed", self.step, exit_code_of(error), describe_error(error))
+
+    @property
+    def samples_per_step(self) -> int:
+        """Return the pairs that one optimizer step sees over all processes."""
+        return self.config.train.batch_size * self.config.train.accumulate
+
+    def epochs_after(self, step: int) -> float:
+        """Return how many epochs have passed after a step."""
+        return step * self.config.train.accumulate / self.order.batches_per_epoch
+
+    def ends_epoch(self) -> bool:
+        """Return whether the last step was the first to reach another epoch's end."""
+        return int(self.epochs_after(self.step)) > int(self.epochs_after(self.step - 1))
+
+    def is_last(self) -> bool:
+        """Return whether no step is left."""
+        return self.step == self.num_steps
+
+    def is_due(self, every: int) -> bool:
+        """Return whether something done every so many steps, and at the end, is done after this one."""
+        return self.step % every == 0 or self.is_last()

@@ -1,0 +1,76 @@
+"""The floors of the house: imports point down, the package never imports itself, and help is quick."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accel_clip
+
+PACKAGE = Path(accel_clip.__file__).parent
+FLOORS = (
+    ("faults", "meters", "stopping", "randomness", "console"),
+    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking"),
+    ("data", "models", "optim", "losses"),
+    ("check", "evaluation", "export", "step", "listing"),
+    ("trainer", "plots"),
+    ("cli",),
+)
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    """Return the first-level module or package that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(file: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "accel_clip":
+            parts = node.module.split(".")
+            rooms.update({parts[1]} if len(parts) > 1 else {alias.name for alias in node.names})
+        elif isinstance(node, ast.Import):
+            rooms.update(a.name.split(".")[1] for a in node.names if a.name.startswith("accel_clip."))
+    return rooms
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {room_of(file) for file in modules()} - {"__init__"} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    room = room_of(file)
+    if room == "__init__":
+        return
+    for imported in imported_rooms(file):
+        assert imported == room or FLOOR_OF[imported] <= FLOOR_OF[room], f"{room} imports {imported} from above"
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_modules_say_their_job_and_do_not_print(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in calls
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    edges = {(room_of(file), imported) for file in modules() for imported in imported_rooms(file)}
+    pairs = {(a, b) for a, b in edges if a != b and (b, a) in edges and "__init__" not in (a, b)}
+    assert not pairs
+
+
+@pytest.mark.parametrize("module", ["accel_clip", "accel_clip.cli", "accel_clip.command_line", "accel_clip.check"])
+def test_light_modules_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'open_clip', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,192 @@
+"""Losses and their gradients against dense float64 references, and the recipes that must fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import open_clip
+import pytest
+import torch
+from open_clip.loss import SigLipLoss
+from torch import Tensor
+
+from accel_clip.config import LossConfig
+from accel_clip.faults import ConfigError
+from accel_clip.losses.base import LOSSES, Loss, build_loss, total
+from accel_clip.losses.gradient import global_loss_gradient, surrogate
+
+
+class Processes:
+    """What a loss needs of `Accelerator`, for one of several processes that are emulated one after another."""
+
+    def __init__(self, process_index: int, parts: list[Tensor]) -> None:
+        self.process_index, self.num_processes, self.parts = process_index, len(parts[0]), parts
+        self.calls = 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        everyone = next(part for part in self.parts if torch.equal(part[self.process_index], rows))
+        self.calls += 1
+        return torch.cat(list(everyone))
+
+
+def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = [[scale * (a * b).sum() for b in y] for a in x]
+    rows = torch.stack([torch.stack(row) for row in logits])
+    picked = torch.stack([rows[i, i] for i in range(len(rows))])
+    return ((rows.exp().sum(1).log() - picked) + (rows.exp().sum(0).log() - picked)).mean() / 2
+
+
+def dense_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    terms = [
+        -torch.log(1 / (1 + torch.exp((-1 if i == j else 1) * (scale * (x[i] * y[j]).sum() + bias))))
+        for i in range(len(x))
+        for j in range(len(y))
+    ]
+    return torch.stack(terms).sum() / len(x)
+
+
+REFERENCES = {"clip": dense_clip, "siglip": dense_siglip}
+
+
+def outputs(num_pairs: int, scale: float = 10.0) -> dict[str, Tensor]:
+    torch.manual_seed(num_pairs)
+    features = torch.nn.functional.normalize(torch.randn(2, num_pairs, 6, dtype=torch.float64), dim=-1)
+    made = {"image_features": features[0], "text_features": features[1]}
+    made |= {"logit_scale": torch.tensor(scale).double(), "logit_bias": torch.tensor(-2.0).double()}
+    return {key: value.clone().requires_grad_() for key, value in made.items()}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("num_pairs", [1, 2, 3, 8])
+def test_losses_equal_a_dense_reference(name: str, num_pairs: int) -> None:
+    given = outputs(num_pairs)
+    got = total(build_loss(LossConfig(name))(given))
+    expected = REFERENCES[name](*given.values())
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_registered_loss_has_a_reference_here() -> None:
+    assert set(LOSSES.names()) == set(REFERENCES)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_shares_of_all_processes_add_up_to_the_gradient_of_the_global_batch(name: str, num_processes: int) -> None:
+    whole = outputs(6)
+    loss = build_loss(LossConfig(name))
+    expected = torch.autograd.grad(REFERENCES[name](*whole.values()), list(whole.values()), allow_unused=True)
+    gradients = averaged_gradients(loss, whole, num_processes)
+    for key, reference in zip(whole, expected, strict=True):
+        reference = torch.zeros_like(whole[key]) if reference is None else reference
+        torch.testing.assert_close(gradients[key], reference, rtol=1e-10, atol=1e-12, msg=key)
+
+
+def averaged_gradients(
+    loss: Loss, whole: dict[str, Tensor], num_processes: int, factor: Callable[[int], float] = lambda _: 1.0
+) -> dict[str, Tensor]:
+    """Return what DDP would average the gradients of all processes to; features stand for tower parameters."""
+    rows = [whole["image_features"].detach(), whole["text_features"].detach()]
+    parts = [each.reshape(num_processes, -1, each.shape[1]) for each in rows]
+    summed = {key: torch.zeros_like(value) for key, value in whole.items()}
+    for process in range(num_processes):
+        share = len(rows[0]) // num_processes
+        own = slice(process * share, (process + 1) * share)
+        mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
+        accelerator = Processes(process, parts)
+        scalar = factor(num_processes) * surrogate(
+            accelerator, loss, mine, global_loss_gradient(accelerator, loss, mine)
+        )
+        gradients = torch.autograd.grad(scalar, list(whole.values()), allow_unused=True)
+        for key, gradient in zip(whole, gradients, strict=True):
+            if gradient is not None:
+                summed[key] += gradient / num_processes
+    return summed
+
+
+def test_without_the_factor_of_processes_the_towers_get_half_the_gradient() -> None:
+    """The known wrong recipe must show in this comparison, else the comparison proves nothing."""
+    whole = outputs(6)
+    right = averaged_gradients(build_loss(LossConfig("clip")), whole, 2)
+    wrong = averaged_gradients(build_loss(LossConfig("clip")), whole, 2, factor=lambda num: 1 / num)
+    ratio = wrong["image_features"].norm() / right["image_features"].norm()
+    assert ratio.item() == pytest.approx(0.5)
+
+
+def test_local_negatives_alone_are_another_objective() -> None:
+    whole = outputs(6)
+    loss = build_loss(LossConfig("clip"))
+    halves = [{k: v[part] if v.ndim else v for k, v in whole.items()} for part in (slice(0, 3), slice(3, 6))]
+    local = torch.autograd.grad((total(loss(halves[0])) + total(loss(halves[1]))) / 2, whole["image_features"])[0]
+    right = averaged_gradients(loss, whole, 2)["image_features"]
+    assert torch.nn.functional.cosine_similarity(local.flatten(), right.flatten(), dim=0) < 0.99
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_losses_stay_finite_at_the_largest_scale_with_identical_features(name: str) -> None:
+    given = outputs(8, scale=100.0)
+    with torch.no_grad():
+        for key in ("image_features", "text_features"):
+            given[key].copy_(given[key][:1].expand(8, -1))
+    single = {key: value.detach().float().requires_grad_() for key, value in given.items()}
+    result = total(build_loss(LossConfig(name))(single))
+    gradients = torch.autograd.grad(result, list(single.values()), allow_unused=True)
+    assert result.isfinite() and all(each.isfinite().all() for each in gradients if each is not None)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("clip", open_clip.ClipLoss()), ("siglip", SigLipLoss())])
+def test_open_clip_agrees(name: str, theirs: torch.nn.Module) -> None:
+    given = outputs(8)
+    if name == "clip":
+        reference = total(theirs(**{k: v for k, v in given.items() if k != "logit_bias"}, output_dict=True))
+    else:
+        reference = total(theirs(**given, output_dict=True))
+    torch.testing.assert_close(total(build_loss(LossConfig(name))(given)), reference, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "CLIPLoss", "SigLipLoss"])
+def test_other_spellings_are_accepted(name: str) -> None:
+    assert build_loss(LossConfig(name)).requires_bias() == name.startswith("Sig")
+
+
+def test_functions_get_their_options_bound_and_classes_are_built_with_them() -> None:
+    @LOSSES.register("test_margin")
+    def margin(image_features: Tensor, text_features: Tensor, margin: float = 0.1) -> dict[str, Tensor]:
+        gap = margin - (image_features * text_features).sum(1)
+        return {"margin_loss": gap.relu().mean(), "similarity": -gap.detach().mean()}
+
+    LOSSES.register("test_theirs")(open_clip.ClipLoss)
+    try:
+        terms = build_loss(LossConfig("test_margin", {"margin": 3.0}))(outputs(4))
+        assert total(terms) == terms["margin_loss"] and terms["margin_loss"] > 2
+        assert build_loss(LossConfig("test_theirs", {"cache_labels": True})).function.cache_labels is True
+        with pytest.raises(ConfigError, match=r"loss\.options: the loss 'test_margin' has no option 'margn'"):
+            build_loss(LossConfig("test_margin", {"margn": 1}))
+    finally:
+        for name in ("test_margin", "test_theirs"):
+            del LOSSES._entries[name]
+
+
+def test_a_loss_without_a_loss_term_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ending in _loss"):
+        Loss("odd", lambda **_: {"value": torch.tensor(1.0)})({"logit_scale": torch.tensor(math.e)})
+
+
+def test_a_losss_own_parameters_get_their_gradient_once() -> None:
+    class Weighted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+            return {"weighted_loss": self.weight**2 * ((image_features - text_features) ** 2).sum() * logit_scale}
+
+    loss, whole = Loss("weighted", Weighted()), outputs(4)
+    expected = torch.autograd.grad(total(loss(whole)), loss.function.weight)[0]
+    parts = [whole[key].detach().reshape(2, 2, -1) for key in ("image_features", "text_features")]
+    for process in (0, 1):
+        own = slice(2 * process, 2 * process + 2)
+        mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
+        accelerator = Processes(process, parts)
+        scalar = surrogate(accelerator, loss, mine, global_loss_gradient(accelerator, loss, mine))
+        torch.testing.assert_close(torch.autograd.grad(scalar, loss.function.weight)[0], expected)
