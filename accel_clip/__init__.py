@@ -7,33 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-HOMES = {
-    "Config": "accel_clip.config",
-    "DataConfig": "accel_clip.config",
-    "SourceConfig": "accel_clip.config",
-    "ModelConfig": "accel_clip.config",
-    "LossConfig": "accel_clip.config",
-    "OptimConfig": "accel_clip.config",
-    "TrainConfig": "accel_clip.config",
-    "EvalConfig": "accel_clip.config",
-    "TrackConfig": "accel_clip.config",
-    "StopConfig": "accel_clip.config",
-    "train": "accel_clip.trainer",
-    "evaluate": "accel_clip.evaluation.command",
-    "LOSSES": "accel_clip.losses.base",
-    "SOURCES": "accel_clip.data.sources.base",
-    "OPTIMIZERS": "accel_clip.optim.optimizers",
-    "SCHEDULES": "accel_clip.optim.schedules",
-}
+__all__ = [
+    "LOSSES",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SOURCES",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SourceConfig",
+    "StopConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "evaluate",
+    "train",
+]
 
-__all__ = ["__version__", *HOMES]
+HOMES = {
+    "LOSSES": "losses.base",
+    "OPTIMIZERS": "optim.optimizers",
+    "SCHEDULES": "optim.schedules",
+    "SOURCES": "data.sources.base",
+    "evaluate": "evaluation.command",
+    "train": "trainer",
+}  # the rest is in config
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first asked for, so that `import accel_clip` is quick."""
-    if name not in HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'accel_clip' has no attribute '{name}'")
-    return getattr(importlib.import_module(HOMES[name]), name)
+    return getattr(importlib.import_module(f"accel_clip.{HOMES.get(name, 'config')}"), name)
 
 
 if TYPE_CHECKING:

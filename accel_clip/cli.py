@@ -14,7 +14,9 @@ from typing import NoReturn
 from accel_clip import console
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest
 
-TRAIN_HELP = "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."
+TRAIN_HELP = (
+    "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."
+)
 EVAL_HELP = "Evaluate a model on --data.val and --eval.zero_shot. --json prints one JSON object."
 KINDS = ("losses", "optimizers", "schedules", "sources", "models", "trackers")
 

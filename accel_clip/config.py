@@ -45,15 +45,18 @@ class DataConfig:
     caption_key: list[str] | None = None
     """column(s) with captions; a list is sampled from in training; null = found by the usual names"""
     image_root: str | None = None
-    """folder that picture paths start from and must stay in, links resolved ('/' allows all); null = the table's folder"""
+    """folder that picture paths start from and must stay in, links resolved ('/' allows all);
+    null = the table's folder"""
     encoding: str | None = None
-    """text encoding of tables and .txt captions, such as gb18030; null = by byte-order mark, UTF-8, else detected and said"""
+    """text encoding of tables and .txt captions, such as gb18030; null = by byte-order mark, UTF-8, else detected and
+    said"""
     workers: int | None = None
     """loader processes per training process; null = chosen from the cores, 0 = load in the training process"""
     prefetch: int = 2
     """batches each worker prepares ahead"""
     max_bad_fraction: float = 0.01
-    """stop with exit code 3 when a larger share of the samples seen is unusable (looked at after 1,000 and every epoch)"""
+    """stop with exit code 3 when a larger share of the samples seen is unusable; looked at after 1,000 samples and at
+    every epoch's end"""
     max_pixels: float = 50e6
     """largest picture that is decoded, in pixels"""
 
@@ -140,7 +143,7 @@ class TrainConfig:
     accumulate: int = 1
     """contrastive batches averaged per optimizer step; this does not enlarge the set of negatives"""
     precision: str = "auto"
-    """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, none on CPU and MPS"""
+    """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, no on CPU and MPS"""
     threads: int | None = None
     """CPU threads per process; null = the machine's cores divided by its processes"""
     max_logit_scale: float = 100.0
@@ -201,7 +204,7 @@ class StopConfig:
     """Early stopping, and what the best model is."""
 
     metric: str | None = None
-    """a logged metric, such as val/loss or val/text_to_image_R@1; null = no early stopping, the last model is exported"""
+    """a logged metric, such as val/loss or val/text_to_image_R@1; null = the last model is the one to export"""
     mode: str | None = None
     """min or max; null = min for losses, ranks and times, else max"""
     patience: int | None = None
@@ -212,7 +215,10 @@ class StopConfig:
     def __post_init__(self) -> None:
         require(self.mode in (None, "min", "max"), "stop.mode", self.mode, "it must be min, max or null")
         require(
-            self.patience is None or self.patience >= 1, "stop.patience", self.patience, "it must be at least 1, or null"
+            self.patience is None or self.patience >= 1,
+            "stop.patience",
+            self.patience,
+            "it must be at least 1, or null",
         )
         require(self.min_delta >= 0, "stop.min_delta", self.min_delta, "it must be 0 or more")
         needed = self.metric is not None or self.patience is None

@@ -63,6 +63,8 @@ def plot_retrieval(paths: RunFolder, picture: Path) -> Path:
     config = load_config(paths.config)
     grid = evaluate_run(replace(config, model=ModelConfig(name=f"local-dir:{paths.export}"))).picture_grid()
     if grid is None:
-        raise ConfigError(f"{paths.path}: the run held nothing out (data.val_fraction), so there is nothing to retrieve")
+        raise ConfigError(
+            f"{paths.path}: the run held nothing out (data.val_fraction), so there is nothing to retrieve"
+        )
     Image.fromarray(grid).save(picture)
     return picture

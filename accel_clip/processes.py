@@ -86,7 +86,7 @@ def choose_precision(setting: str, environment: dict[str, str]) -> str | None:
 def allow_tf32() -> None:
     """Let towers multiply float32 in TF32 where the hardware has it; losses switch it off around themselves."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
 def num_local_processes() -> int:

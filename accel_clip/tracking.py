@@ -25,9 +25,7 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(
-                f"track.to: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS)} Known: {known}"
-            )
+            raise ConfigError(f"track.to: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS)} Known: {known}")
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"track.to: '{name}' is not installed: pip install {PACKAGES[name]}")
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel_clip.check import check_files, check_names
 from accel_clip.command_line import save_config
@@ -24,7 +23,8 @@ from accel_clip.data.pairs import open_pairs
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.export import copy_of_weights, export_model
-from accel_clip.faults import NonFiniteError, describe as describe_error, exit_code_of
+from accel_clip.faults import NonFiniteError, exit_code_of
+from accel_clip.faults import describe as describe_error
 from accel_clip.losses.base import build_loss, total
 from accel_clip.meters import MeterGroup, RateMeter
 from accel_clip.models.build import build_model
@@ -32,7 +32,7 @@ from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import (
     TrainingModel,
     clamp_logit_scale,
-    has_running_statistics,
+    keep_buffers_local,
     no_decay_names,
 )
 from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
@@ -112,11 +112,12 @@ class Trainer:
     def build_optimizer(self) -> None:
         """Wrap model and optimizer; from here on every process draws dropout of its own."""
         clip = self.model.clip
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=has_running_statistics(clip))
         named = [*clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(self.loss.parameters()))]
         optimizer = build_optimizer(named, self.config.optim, no_decay_names(clip))
         self.trained = [parameter for _, parameter in named if parameter.requires_grad]
-        self.wrapped, self.optimizer = self.accelerator.prepare(TrainingModel(self.model), optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(
+            keep_buffers_local(TrainingModel(self.model)), optimizer
+        )
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index))
 
     def build_evaluator(self) -> None:
@@ -144,8 +145,8 @@ class Trainer:
         try:
             self.start()
             self.evaluate()
-            if self.stopping is not None:
-                check_metric(self.stopping.metric, {*TRAINING_METRICS, *self.metrics})
+            if self.config.stop.metric is not None:
+                check_metric(self.config.stop.metric, {*TRAINING_METRICS, *self.metrics})
             for batches in self.batches():
                 self.train_step(batches)
                 self.log()
@@ -218,7 +219,7 @@ class Trainer:
         point |= {
             "samples": self.step * self.samples_per_step,
             "epoch": self.epochs_after(self.step),
-            "logit_scale": self.model.clip.logit_scale.exp().item(),
+            "logit_scale": float(self.model.clip.logit_scale.exp()),
             "samples_per_second": samples_per_second,
             "step_time": self.samples_per_step / samples_per_second - point["data_time"],
         }
@@ -233,10 +234,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate when it is due: at step 0, every `eval.every` steps or once an epoch, and at the end."""
-        every = self.config.eval.every
-        if self.step > 0 and not (self.ends_epoch() if every is None else self.is_due(every)):
-            if not (self.is_last() or self.stop_asked):
-                return
+        if not self.evaluation_is_due():
+            return
         with self.rate.paused():
             self.metrics = self.evaluator.run()
             self.progress.report(self.step, self.metrics)
@@ -283,6 +282,13 @@ class Trainer:
     def ends_epoch(self) -> bool:
         """Return whether the last step was the first to reach another epoch's end."""
         return int(self.epochs_after(self.step)) > int(self.epochs_after(self.step - 1))
+
+    def evaluation_is_due(self) -> bool:
+        """Return whether the model is evaluated after this step."""
+        if self.step == 0 or self.is_last() or self.stop_asked:
+            return True
+        every = self.config.eval.every
+        return self.ends_epoch() if every is None else self.is_due(every)
 
     def is_last(self) -> bool:
         """Return whether no step is left."""

@@ -102,11 +102,15 @@ def test_a_run_writes_its_folder_and_open_clip_loads_the_export(tmp_path: Path) 
     assert [point["step"] for point in evaluations] == [0, 4]
     names = {f"val/{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     assert names | {"val/image_to_text_mean_rank", "val/text_to_image_median_rank"} <= set(evaluations[0])
-    assert "local-dir:run/export" in done.err and "tensorboard --logdir run" in done.err and "accel-clip eval" in done.err
+    assert (
+        "local-dir:run/export" in done.err and "tensorboard --logdir run" in done.err and "accel-clip eval" in done.err
+    )
 
     again = train_py(*small_run(tmp_path), folder=tmp_path)
     assert again.code == 2 and "output_dir" in again.err and "run" in again.err
-    measured = accel_clip("eval", "--model.name", "local-dir:run/export", "--data.val", "demo", "--json", folder=tmp_path)
+    measured = accel_clip(
+        "eval", "--model.name", "local-dir:run/export", "--data.val", "demo", "--json", folder=tmp_path
+    )
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["val/loss"] > 0
 

@@ -78,8 +78,8 @@ def test_shares_of_all_processes_add_up_to_the_gradient_of_the_global_batch(name
     expected = torch.autograd.grad(REFERENCES[name](*whole.values()), list(whole.values()), allow_unused=True)
     gradients = averaged_gradients(loss, whole, num_processes)
     for key, reference in zip(whole, expected, strict=True):
-        reference = torch.zeros_like(whole[key]) if reference is None else reference
-        torch.testing.assert_close(gradients[key], reference, rtol=1e-10, atol=1e-12, msg=key)
+        dense = torch.zeros_like(whole[key]) if reference is None else reference
+        torch.testing.assert_close(gradients[key], dense, rtol=1e-10, atol=1e-12, msg=key)
 
 
 def averaged_gradients(

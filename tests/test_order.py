@@ -26,7 +26,8 @@ def test_an_epoch_shows_each_sample_at_most_once_and_any_number_of_processes_the
     whole = samples_of(order, num_batches, 1)
     assert samples_of(order, num_batches, 2) == samples_of(order, num_batches, 4) == whole
     for epoch in (0, 1):
-        shown = sum(whole[epoch * order.batches_per_epoch : (epoch + 1) * order.batches_per_epoch], [])
+        of_epoch = whole[epoch * order.batches_per_epoch : (epoch + 1) * order.batches_per_epoch]
+        shown = [sample for batch in of_epoch for sample in batch]
         assert len(shown) == len(set(shown)) == num_samples - num_samples % batch_size
         assert set(shown) <= set(range(num_samples))
 

@@ -1,4 +1,4 @@
-"""Real launches: two processes train the model that one trains, and launches that do not fit are repaired or refused."""
+"""Real launches: two processes train the model that one trains; launches that do not fit are repaired or refused."""
 
 from __future__ import annotations
 
@@ -26,10 +26,22 @@ def mine(image_features, text_features, logit_scale, output_dict=True):
     logits = logit_scale * image_features @ text_features.T
     own = logits.diagonal()
     hardest = (logits - 1e4 * torch.eye(len(logits))).logsumexp(dim=1)
-    return {"margin_loss": torch.relu(hardest - own + 1).mean(), "pull_loss": ((image_features - text_features) ** 2).sum(1).mean()}
+    pull = ((image_features - text_features) ** 2).sum(1).mean()
+    return {"margin_loss": torch.relu(hardest - own + 1).mean(), "pull_loss": pull}
 '''
 FIVE_STEPS = ("--train.steps", "5", "--train.batch_size", "16", "--optim.name", "sgd", "--optim.lr", "0.05")
-QUIET = ("--track.to", "[]", "--track.every", "1", "--data.workers", "0", "--data.val", "null", "--data.val_fraction", "0")
+QUIET = (
+    "--track.to",
+    "[]",
+    "--track.every",
+    "1",
+    "--data.workers",
+    "0",
+    "--data.val",
+    "null",
+    "--data.val_fraction",
+    "0",
+)
 
 
 def words_for(folder: Path, loss: str, output: str) -> list[str]:
@@ -91,9 +103,7 @@ def test_errors_in_two_processes_are_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_do_not_find_each_other_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate
 
     from accel_clip.config import TrainConfig
@@ -111,7 +121,13 @@ def test_processes_that_do_not_find_each_other_are_refused(
 
 @pytest.mark.parametrize(
     ("setting", "launcher", "expected"),
-    [("auto", "no", "no"), ("auto", "bf16", None), ("auto", "fp8", None), ("bf16", "fp16", "bf16"), ("no", "bf16", "no")],
+    [
+        ("auto", "no", "no"),
+        ("auto", "bf16", None),
+        ("auto", "fp8", None),
+        ("bf16", "fp16", "bf16"),
+        ("no", "bf16", "no"),
+    ],
 )
 def test_the_setting_wins_over_the_launcher_and_its_no_counts_as_unset(
     setting: str, launcher: str, expected: str | None, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,9 @@ def test_a_wrong_name_is_told_the_known_ones_and_the_nearest() -> None:
     registry = Registry("loss", setting="loss.name")
     registry.register("siglip", "SigLipLoss")(dict)
     registry.register("clip")(dict)
-    with pytest.raises(ConfigError, match=r"loss\.name: unknown loss 'clipp', did you mean 'clip'\? known: clip, siglip"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.name: unknown loss 'clipp', did you mean 'clip'\? known: clip, siglip"
+    ):
         registry.get("clipp")
     with pytest.raises(ConfigError, match="did you mean 'SigLipLoss'"):
         registry.get("SigLibLoss")

@@ -13,8 +13,6 @@ from accelerate.utils import gather_object
 
 from accel_clip.faults import DataError
 
-from accel_clip.faults import DataError
-
 SAMPLES_BEFORE_FIRST_LOOK = 1000
 REASONS = ("unreadable", "too_large", "missing_file", "outside_root", "no_caption", "caption_encoding")
 

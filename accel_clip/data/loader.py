@@ -23,7 +23,10 @@ from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.randomness import derive_seed, seeded
 
-TRAINING_CROP_SCALE = (0.9, 1.0)  # share of the picture that is kept; open_clip's default (transform.py, AugmentationCfg)
+TRAINING_CROP_SCALE = (
+    0.9,
+    1.0,
+)  # share of the picture that is kept; open_clip's default (transform.py, AugmentationCfg)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Example:
     bad_samples: tuple[BadSample, ...]
 
 
-class TrainingPairs(Dataset[Example]):
+class TrainingPairs(Dataset[Example | DataError]):
     """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
     def __init__(

@@ -76,6 +76,7 @@ def build_loss(config: LossConfig) -> Loss:
 
     Raises `ConfigError` for an unknown name or option.
     """
-    target = LOSSES.get(config.name)
+    target: Any = LOSSES.get(config.name)
     check_options("loss.options", f"the loss '{config.name}'", target, config.options, given=OUTPUTS)
-    return Loss(config.name, target(**config.options) if inspect.isclass(target) else partial(target, **config.options))
+    bind = target if inspect.isclass(target) else partial(partial, target)
+    return Loss(config.name, bind(**config.options))

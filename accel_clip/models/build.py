@@ -16,7 +16,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import get_model_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel_clip.config import ModelConfig
 from accel_clip.faults import ConfigError, DataError, nearest
@@ -30,7 +30,7 @@ NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "o
 class ClipModel:
     """An open_clip model, its tokenizer, and the two halves of its `open_clip_config.json`."""
 
-    clip: nn.Module
+    clip: Any  # an open_clip model; nn.Module's types know none of its attributes
     tokenizer: Callable[[list[str]], Tensor]
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
@@ -147,7 +147,7 @@ def has_weights(config: ModelConfig) -> bool:
     return config.pretrained is not None or config.name.startswith(("hf-hub:", "local-dir:"))
 
 
-def create(name: str, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
+def create(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
     """Return open_clip's model; its errors come back with the setting that caused them."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     pretrained = config.pretrained
@@ -163,7 +163,9 @@ def create(name: str, config: ModelConfig, options: dict[str, Any]) -> nn.Module
     try:
         return open_clip.create_model(name, pretrained, output_dict=True, **options)
     except TypeError as error:
-        raise ConfigError(f"model.options: {config.options} does not suit '{config.name}': {one_line(error)}") from error
+        raise ConfigError(
+            f"model.options: {config.options} does not suit '{config.name}': {one_line(error)}"
+        ) from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"model.pretrained: '{pretrained}' holds more than tensors, which loading it would run: use a .safetensors "
@@ -182,7 +184,7 @@ def _is_not_random_notice(record: logging.LogRecord) -> bool:
     return "Model initialized randomly" not in record.getMessage()
 
 
-def fill_missing_bias(clip: nn.Module, model_config: dict[str, Any]) -> None:
+def fill_missing_bias(clip: Any, model_config: dict[str, Any]) -> None:
     """Start the logit bias at its initial value where the weights brought none (open_clip loads a zero then)."""
     with torch.no_grad():
         if clip.logit_bias is not None and not clip.logit_bias.any():
@@ -193,5 +195,3 @@ def one_line(error: Exception) -> str:
     """Return an error's text on one line of readable length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " …"
-
-

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from accel_clip.models.build import ClipModel
 
@@ -41,24 +44,27 @@ class TrainingModel(nn.Module):
         return self
 
 
-def towers(clip: nn.Module) -> list[nn.Module]:
+def towers(clip: Any) -> list[nn.Module]:
     """Return the modules that are a whole tower."""
     text = [clip.text] if hasattr(clip, "text") else [clip.transformer]
     return [clip.visual, *text]
 
 
-def clamp_logit_scale(clip: nn.Module, largest: float) -> None:
+def clamp_logit_scale(clip: Any, largest: float) -> None:
     """Keep the logit scale (after exp) between 1 and `largest`; open_clip's trainer does it after every step too."""
     with torch.no_grad():
         clip.logit_scale.clamp_(0, torch.tensor(largest).log().item())
 
 
-def has_running_statistics(clip: nn.Module) -> bool:
-    """Return whether the model has batch norm, whose statistics DDP must keep equal over processes."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules())
+def keep_buffers_local(model: TrainingModel) -> TrainingModel:
+    """Keep DDP from sending buffers before every forward where they are constants: all but batch norm's statistics."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        names = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return model
 
 
-def no_decay_names(clip: nn.Module) -> set[str]:
+def no_decay_names(clip: Any) -> set[str]:
     """Return the parameters that the model's authors keep free of weight decay."""
     names = clip.no_weight_decay() if hasattr(clip, "no_weight_decay") else set()
     return {str(name) for name in names}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from accel_clip.config import OptimConfig, require
-from accel_clip.faults import ConfigError, nearest
 from accel_clip.registry import Registry, check_options
 
 # A schedule is `(step, num_steps, min_ratio, **options) -> multiplier of the highest rate`. `step`, in [0, num_steps),

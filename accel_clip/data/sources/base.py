@@ -43,7 +43,9 @@ class Source(Protocol):
 class HasHeldOut(Protocol):
     """A source that brings its own held-out part, which is used instead of `data.val_fraction`."""
 
-    def held_out(self) -> Source: ...
+    def held_out(self) -> Source:
+        """Return the held-out part."""
+        ...
 
 
 SOURCES = Registry("source", setting="data.train")
