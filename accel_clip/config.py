@@ -143,7 +143,7 @@ class TrainConfig:
     accumulate: int = 1
     """contrastive batches averaged per optimizer step; this does not enlarge the set of negatives"""
     precision: str = "auto"
-    """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, no on CPU and MPS"""
+    """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, no on a CPU"""
     threads: int | None = None
     """CPU threads per process; null = the machine's cores divided by its processes"""
     max_logit_scale: float = 100.0

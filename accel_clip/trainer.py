@@ -219,7 +219,7 @@ class Trainer:
         point |= {
             "samples": self.step * self.samples_per_step,
             "epoch": self.epochs_after(self.step),
-            "logit_scale": float(self.model.clip.logit_scale.exp()),
+            "logit_scale": self.model.clip.logit_scale.detach().exp().item(),
             "samples_per_second": samples_per_second,
             "step_time": self.samples_per_step / samples_per_second - point["data_time"],
         }

@@ -125,7 +125,7 @@ def turned(orientation: int, kind: str) -> bytes:
     return encoded(corners(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
-# What a viewer shows, by the definition of the tag: which stored row and column are the top and the left (EXIF 2.32, 4.6.4)
+# What a viewer shows: the tag says which stored row and column are the top and the left (EXIF 2.32, section 4.6.4)
 UPRIGHT = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],

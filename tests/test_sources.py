@@ -1,4 +1,4 @@
-"""Sources: tables, folders and saved datasets in every form users have them, and an error that helps for each mistake."""
+"""Sources: tables, folders and saved datasets in every form users have them, and an error that helps with mistakes."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_parquet_with_paths_bytes_structs_lists_and_missing_cells(tmp_path):
     }
     pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "structs.parquet")
     source = opened(tmp_path / "structs.parquet")
-    assert captions(source)[:1] == [("one", "two")] and source.captions(1) == source.captions(2) == ()
+    assert [source.captions(index) for index in range(3)] == [("one", "two"), (), ()]
     assert [source[index].image for index in range(2)] == [png("red"), png("blue")]
     assert problem_of(source, 2).reason == "missing_file"
 
@@ -320,11 +320,7 @@ def test_unknown_columns_name_the_setting_the_columns_and_the_nearest(tmp_path):
 def test_columns_of_an_item_win_over_those_of_the_section(tmp_path):
     path = write(tmp_path / "pairs.csv", "photo,a,b\nx.png,one,two\n")
     item = SourceConfig(str(path), image_key="photo", caption_key=["b", "a"])
-    assert (
-        opened(item, image_key="none", caption_key=["none"])[0:1]
-        if False
-        else captions(opened(item, image_key="none", caption_key=["none"])) == [("two", "one")]
-    )
+    assert captions(opened(item, image_key="none", caption_key=["none"])) == [("two", "one")]
 
 
 def test_usual_columns_in_any_case_and_in_order(tmp_path):
@@ -665,7 +661,7 @@ def test_registered_sources_get_the_argument_and_complete_settings(monkeypatch):
 def test_suffixes_and_names_are_those_of_the_modules_that_serve_them():
     resolve.register_built_in()
     assert set(resolve.BUILT_IN) <= set(SOURCES.names())
-    assert resolve.TABLE_SUFFIXES == tuple(table.READERS)
+    assert tuple(table.READERS) == resolve.TABLE_SUFFIXES
 
 
 def test_missing_data_is_found_without_heavy_imports():

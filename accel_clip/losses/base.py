@@ -78,5 +78,5 @@ def build_loss(config: LossConfig) -> Loss:
     """
     target: Any = LOSSES.get(config.name)
     check_options("loss.options", f"the loss '{config.name}'", target, config.options, given=OUTPUTS)
-    bind = target if inspect.isclass(target) else partial(partial, target)
+    bind: Any = target if inspect.isclass(target) else partial(partial, target)
     return Loss(config.name, bind(**config.options))
