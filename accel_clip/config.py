@@ -140,6 +140,10 @@ class TrainConfig:
     """optimizer steps; null = train.epochs decides"""
     batch_size: int = 256
     """pairs per contrastive batch over all processes"""
+    micro_batch_size: int | None = None
+    """rows that go through a tower at once, per process; changes memory and time, never the result; null = what fits"""
+    activation_gib: float | None = None
+    """GiB of activations kept between the two passes, per process; null = what is free, 0 = recompute all"""
     accumulate: int = 1
     """contrastive batches averaged per optimizer step; this does not enlarge the set of negatives"""
     precision: str = "auto"
@@ -153,7 +157,9 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, key)
             require(value >= 1, f"train.{key}", value, "it must be at least 1")
-        for key in ("steps", "threads"):
+        gib = self.activation_gib
+        require(gib is None or gib >= 0, "train.activation_gib", gib, "it must be 0 or more, or null")
+        for key in ("steps", "threads", "micro_batch_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"train.{key}", value, "it must be at least 1, or null")
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive batch needs at least 2 pairs")

@@ -35,3 +35,28 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             numpy.random.set_state(numpy_state)
+
+
+class RandomState:
+    """The state of torch's generators at one moment: the CPU's and a device's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a block from this state, and leave the generators as they were before the block."""
+        now = RandomState(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+    def restore(self) -> None:
+        """Put the generators into this state."""
+        torch.set_rng_state(self.cpu)
+        if self.on_device is not None:
+            torch.get_device_module(self.device).set_rng_state(self.on_device)

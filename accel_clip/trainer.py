@@ -27,6 +27,7 @@ from accel_clip.faults import NonFiniteError, exit_code_of
 from accel_clip.faults import describe as describe_error
 from accel_clip.losses.base import build_loss, total
 from accel_clip.meters import MeterGroup, RateMeter
+from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import (
@@ -40,7 +41,7 @@ from accel_clip.optim.schedules import build_schedule
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes
 from accel_clip.randomness import derive_seed
 from accel_clip.run_folder import RunFolder
-from accel_clip.step import contrastive_step
+from accel_clip.step import ContrastiveStep, Plan
 from accel_clip.stopping import EarlyStopping, check_metric
 from accel_clip.tracking import Tracking
 
@@ -107,6 +108,7 @@ class Trainer:
         self.model = build_model(self.config.model, needs_logit_bias=self.loss.requires_bias())
         freeze(self.model.clip, self.config.model.freeze)
         freeze_unused(self.model, self.loss)
+        self.anatomy = examine(self.model.clip, self.model.tokenizer)
         self.loss.to(self.accelerator.device)
 
     def build_optimizer(self) -> None:
@@ -115,9 +117,8 @@ class Trainer:
         named = [*clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(self.loss.parameters()))]
         optimizer = build_optimizer(named, self.config.optim, no_decay_names(clip))
         self.trained = [parameter for _, parameter in named if parameter.requires_grad]
-        self.wrapped, self.optimizer = self.accelerator.prepare(
-            keep_buffers_local(TrainingModel(self.model)), optimizer
-        )
+        model = keep_buffers_local(TrainingModel(self.model, self.anatomy.separate))
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index))
 
     def build_evaluator(self) -> None:
@@ -167,8 +168,12 @@ class Trainer:
             self.folder.write_status("running", self.step)
 
     def start(self) -> None:
-        """Open everything that measures the run."""
+        """Plan the step and open everything that measures the run."""
         describe_processes(self.accelerator)
+        train = self.config.train
+        rows = train.batch_size // self.accelerator.num_processes
+        plan = Plan(train.micro_batch_size or rows, num_kept=10**9)
+        self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
         self.tracking = Tracking(self.accelerator, self.config, self.folder)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)
         self.progress.open(self.num_steps)
@@ -183,7 +188,7 @@ class Trainer:
         loader = iterate(pairs, places, self.config.data, self.num_workers, accelerator.device.type == "cuda")
         for _ in range(self.num_steps):
             start = time.perf_counter()
-            batches = [next(loader).to(accelerator.device) for _ in range(train.accumulate)]
+            batches = [next(loader) for _ in range(train.accumulate)]
             self.meters.update("data_time", time.perf_counter() - start)
             yield batches
 
@@ -194,7 +199,7 @@ class Trainer:
         for batch in batches:
             self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
             with self.accelerator.accumulate(self.wrapped):
-                terms = contrastive_step(self.accelerator, self.wrapped, self.loss, batch)
+                terms = self.contrastive_step(batch)
                 if self.accelerator.sync_gradients:
                     limit = self.config.optim.grad_clip or math.inf
                     self.meters.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))

@@ -14,7 +14,7 @@ from torch import Tensor
 from accel_clip.config import LossConfig
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES, Loss, build_loss, total
-from accel_clip.losses.gradient import global_loss_gradient, surrogate
+from accel_clip.losses.gradient import LossGradient, global_loss_gradient, rows_surrogate, scalars_surrogate
 
 
 class Processes:
@@ -44,6 +44,11 @@ def dense_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         for j in range(len(y))
     ]
     return torch.stack(terms).sum() / len(x)
+
+
+def surrogate(num_processes: int, loss: Loss, mine: dict[str, Tensor], gradient: LossGradient) -> Tensor:
+    rows = torch.arange(len(mine["image_features"]))
+    return rows_surrogate(num_processes, rows, mine, gradient.by_row) + scalars_surrogate(loss, mine, gradient)
 
 
 REFERENCES = {"clip": dense_clip, "siglip": dense_siglip}
@@ -95,7 +100,7 @@ def averaged_gradients(
         mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
         accelerator = Processes(process, parts)
         scalar = factor(num_processes) * surrogate(
-            accelerator, loss, mine, global_loss_gradient(accelerator, loss, mine)
+            num_processes, loss, mine, global_loss_gradient(accelerator, loss, mine)
         )
         gradients = torch.autograd.grad(scalar, list(whole.values()), allow_unused=True)
         for key, gradient in zip(whole, gradients, strict=True):
@@ -188,5 +193,5 @@ def test_a_losss_own_parameters_get_their_gradient_once() -> None:
         own = slice(2 * process, 2 * process + 2)
         mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
         accelerator = Processes(process, parts)
-        scalar = surrogate(accelerator, loss, mine, global_loss_gradient(accelerator, loss, mine))
+        scalar = surrogate(2, loss, mine, global_loss_gradient(accelerator, loss, mine))
         torch.testing.assert_close(torch.autograd.grad(scalar, loss.function.weight)[0], expected)

@@ -143,6 +143,11 @@ def test_encodings_are_found_and_guesses_are_said(encoding, texts, suffix, tmp_p
     assert ("data.encoding" in said and str(path) in said) == (not encoding.startswith("utf"))
 
 
+def test_guess_looks_beyond_a_plain_beginning(tmp_path):
+    path = write(tmp_path / "pairs.csv", "image,caption\n" + "a.png,x\n" * 3000 + "b.png,池塘边的青蛙\n", "gb18030")
+    assert captions(opened(path))[-1] == ("池塘边的青蛙",)
+
+
 def test_encoding_that_is_given_wins_over_a_guess_and_nothing_is_said(tmp_path, capsys):
     path = write(tmp_path / "pairs.csv", "image,caption\na.png,été\n", "cp1252")
     assert captions(opened(path, encoding="cp437")) == [("ΘtΘ",)]
@@ -627,7 +632,7 @@ def test_words_that_find_nothing_name_the_setting_what_was_written_and_the_forms
     for words in ("", "hff:org/name", "https://example.org/{00..01}.tar"):
         with pytest.raises(DataError, match="hf:org/name"):
             locate(words)
-    with pytest.raises(DataError, match=r"'\.xlsx'; known: \.csv, \.tsv, \.jsonl, \.parquet"):
+    with pytest.raises(DataError, match=r"'\.xlsx'; write a table \(\.csv, \.tsv, \.jsonl, \.parquet\)"):
         locate(str(picture(tmp_path / "pairs.xlsx")))
 
 

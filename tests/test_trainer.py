@@ -200,7 +200,9 @@ def test_samples_without_a_caption_are_replaced_counted_and_listed_once(table: P
     assert sorted(each["sample"] for each in listed) == [3, 17, 30]
     assert all(each["reason"] == "no_caption" and each["epoch"] == 0 for each in listed)
     refused = replace(config, output_dir=config.output_dir + "2", data=replace(data, max_bad_fraction=0.05))
-    with pytest.raises(DataError, match=r"3 of 48 samples are unusable \(no_caption 3\).*data\.max_bad_fraction = 0\.05"):
+    with pytest.raises(
+        DataError, match=r"3 of 48 samples are unusable \(no_caption 3\).*data\.max_bad_fraction = 0\.05"
+    ):
         train(refused)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
-
 import torch
 
 from accel_clip.data.bad_samples import BadSample
@@ -29,23 +27,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def tensors(self) -> dict[str, Any]:
-        """Return the fields that live on a device."""
-        return {
-            "image": self.image,
-            "tokens": self.tokens,
-            "sample": self.sample,
-            "caption_hash": self.caption_hash,
-            "extra": self.extra,
-        }
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on another device; copies from pinned memory overlap with what runs there."""
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.tensors().items() if key != "extra"}
-        extra = {key: value.to(device, non_blocking=True) for key, value in self.extra.items()}
-        return replace(self, **moved, extra=extra)
-
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by torch's DataLoader)."""
-        moved = {key: value.pin_memory() for key, value in self.tensors().items() if key != "extra"}
-        return replace(self, **moved, extra={key: value.pin_memory() for key, value in self.extra.items()})
+        pinned = {key: getattr(self, key).pin_memory() for key in ("image", "tokens", "sample", "caption_hash")}
+        return replace(self, **pinned, extra={key: value.pin_memory() for key, value in self.extra.items()})

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from accel_clip.data.bad_samples import UnusableSample
 
@@ -18,6 +18,15 @@ Image.init()  # registers every format of Pillow, so that `readable_formats` kno
 
 PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to an interpreter of programs (Ghostscript): not for pictures of others
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+TURNS = {  # by EXIF orientation, which says where the first stored row and column belong
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 DECODING_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError),
@@ -37,7 +46,9 @@ def decode_picture(image: Image.Image | bytes | Path, max_pixels: float) -> Imag
         with pillow_limit(max_pixels), opened(image) as picture:
             require_size(picture, max_pixels, path)
             picture.load()
-            return to_rgb(upright(picture))
+            decoded = to_rgb(upright(picture))
+            decoded.info = {}  # an orientation that is left in there would be applied again
+            return decoded
     except UnusableSample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -108,12 +119,15 @@ def looks_like(image: Image.Image | bytes | Path) -> str:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Return the picture turned as its EXIF orientation says, which is then gone; broken EXIF says nothing."""
+    """Return the picture turned as its EXIF orientation says; broken EXIF says nothing.
+
+    Pillow's `exif_transpose` also writes the EXIF anew, which fails for some pictures that every viewer shows.
+    """
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODING_ERRORS:
-        return picture  # its pixels are fine: every viewer shows it as it is stored
-    return picture if orientation == 1 else ImageOps.exif_transpose(picture)
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

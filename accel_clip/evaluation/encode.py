@@ -11,7 +11,6 @@ Every process ends up with all features. Each chunk meets the tower in the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from accel_clip.data.bad_samples import UnusableSample
@@ -28,6 +27,7 @@ from accel_clip.data.loader import ignore_interrupt
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
+from accel_clip.models.towers import evaluation_mode
 
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
 
@@ -91,18 +91,6 @@ def encode(
             gathered = accelerator.gather(rows)
             features[start : start + len(gathered)] = gathered[: num_items - start].cpu()
     return features
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while, then every part of it back into the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def raise_together(accelerator: Accelerator, problem: str | None) -> None:

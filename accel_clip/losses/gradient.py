@@ -4,8 +4,7 @@
 2. Compute the loss of the whole batch on every process.
 3. Differentiate it by this process's own rows, by the scalars, and by the loss's own parameters.
 
-Own rows get their full share of the gradient. Scalars (logit scale and bias) and loss parameters get the whole
-gradient, the same on every process. Cost: every process computes all B × B logits, so memory grows with B².
+Cost: every process computes all B × B logits, so memory grows with B².
 """
 
 from __future__ import annotations
@@ -27,48 +26,60 @@ SCALARS = ("logit_scale", "logit_bias")
 class LossGradient:
     """The terms of the global loss, detached, and the gradient of their sum.
 
-    by_output: for each output of the model, a tensor of its shape; by_parameter: for each of the loss's parameters.
+    by_row: for each output with one row a pair, a tensor of its shape; by_scalar: for the logit scale and bias;
+    by_parameter: for each of the loss's own parameters. The mean over processes of `terms`, `by_scalar` and
+    `by_parameter` is that of the global loss; rows belong to one process, which holds all of their gradient.
     """
 
     terms: dict[str, Tensor]
-    by_output: dict[str, Tensor]
+    by_row: dict[str, Tensor]
+    by_scalar: dict[str, Tensor]
     by_parameter: list[Tensor]
 
 
 def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str, Tensor]) -> LossGradient:
     """Return the loss of the batch of all processes and its gradient by `outputs` of this process.
 
-    outputs: features [b, D] and other tensors whose first dimension is this process's pairs, and scalars. Every process
+    outputs: features [b, D] and other tensors with one row for each of this process's pairs, and scalars. Every process
     must bring the same number of pairs.
     """
     own = {key: at_least_float32(value.detach()) for key, value in outputs.items()}
     leaves = {key: value.requires_grad_() for key, value in own.items() if value.is_floating_point()}
     with ieee_float32():
         terms = loss({key: value if key in SCALARS else spliced(accelerator, value) for key, value in own.items()})
-        parameters = list(loss.parameters())
-        inputs = [*leaves.values(), *parameters]
+        inputs = [*leaves.values(), *loss.parameters()]
         gradients = torch.autograd.grad(total(terms), inputs, allow_unused=True, materialize_grads=True)
+    by_output = dict(zip(leaves, gradients, strict=False))
     return LossGradient(
         terms={key: value.detach() for key, value in terms.items()},
-        by_output=dict(zip(leaves, gradients[: len(leaves)], strict=True)),
+        by_row={key: slope for key, slope in by_output.items() if key not in SCALARS},
+        by_scalar={key: slope for key, slope in by_output.items() if key in SCALARS},
         by_parameter=list(gradients[len(leaves) :]),
     )
 
 
-def surrogate(accelerator: Accelerator, loss: Loss, outputs: dict[str, Tensor], gradient: LossGradient) -> Tensor:
-    """Return a scalar whose gradient, averaged over processes as DDP does, is that of the global loss.
+def rows_surrogate(num_processes: int, rows: Tensor, outputs: dict[str, Tensor], slopes: dict[str, Tensor]) -> Tensor:
+    """Return a scalar whose gradient, averaged over processes as DDP does, is that of the loss by these outputs.
 
-    Rows carry a share of the gradient, so they are multiplied by the number of processes that DDP divides by; scalars
-    and loss parameters carry all of it on every process already.
+    outputs: what the model returned for `rows`, int64 [n]; slopes: the gradient of the loss by all rows of this process.
+    No other process holds any of it, so it is multiplied by the number that the average divides by.
     """
-    summands = []
-    for key, slope in gradient.by_output.items():
-        if outputs[key].requires_grad:
-            factor = 1 if key in SCALARS else accelerator.num_processes
-            summands.append(factor * (outputs[key].to(slope.dtype) * slope).sum())
-    for parameter, slope in zip(loss.parameters(), gradient.by_parameter, strict=True):
-        summands.append((parameter * slope).sum())
-    return torch.stack(summands).sum()
+    products = [
+        (outputs[name].to(slope.dtype) * slope[rows.to(slope.device)]).sum()
+        for name, slope in slopes.items()
+        if name in outputs
+    ]
+    return num_processes * torch.stack(products).sum()
+
+
+def scalars_surrogate(loss: Loss, outputs: dict[str, Tensor], gradient: LossGradient) -> Tensor:
+    """Return a scalar with the gradient by the logit scale and bias and by the loss's own parameters.
+
+    They already are what their average over processes is.
+    """
+    scalars = [(outputs[name] * slope).sum() for name, slope in gradient.by_scalar.items()]
+    own = [(each * slope).sum() for each, slope in zip(loss.parameters(), gradient.by_parameter, strict=True)]
+    return torch.stack([*scalars, *own]).sum()
 
 
 def spliced(accelerator: Accelerator, rows: Tensor) -> Tensor:

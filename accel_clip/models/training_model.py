@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_clip.models.build import ClipModel
+from accel_clip.models.towers import encode_image, encode_text
 
 
 class TrainingModel(nn.Module):
@@ -20,9 +21,9 @@ class TrainingModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: ClipModel) -> None:
+    def __init__(self, model: ClipModel, separate: bool = True) -> None:
         super().__init__()
-        self.clip = model.clip
+        self.clip, self.separate = model.clip, separate
         for name in ("mean", "std"):
             values = torch.tensor(model.preprocess_config[name]).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -30,10 +31,24 @@ class TrainingModel(nn.Module):
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         """Return unit-norm features of what is given, the logit scale (after exp) and bias.
 
-        image: uint8 [b, 3, H, W]; text: int [b, L].
+        image: uint8 [b, 3, H, W]; text: int [b, L], where the anatomy says `trims` cut to the longest caption.
         """
-        pixels = None if image is None else (image.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.clip(image=pixels, text=text)
+        if not self.separate:
+            pixels = None if image is None else self.normalised(image)
+            outputs = self.clip(image=pixels, text=text)
+            return {name: value for name, value in outputs.items() if value is not None}
+        outputs = {"logit_scale": self.clip.logit_scale.exp()}
+        if self.clip.logit_bias is not None:
+            outputs["logit_bias"] = self.clip.logit_bias
+        if image is not None:
+            outputs["image_features"] = encode_image(self.clip, self.normalised(image))
+        if text is not None:
+            outputs["text_features"] = encode_text(self.clip, text)
+        return outputs
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """Return uint8 pictures as the float ones that the model was made for."""
+        return (image.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def train(self, mode: bool = True) -> TrainingModel:
         """Set the training mode; a tower that is frozen as a whole stays in evaluation mode, its features fixed."""

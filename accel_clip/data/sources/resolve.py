@@ -104,8 +104,7 @@ def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
         saved = any((path / file).is_file() for file in SAVED_DATASET_FILES)
         return Location("saved" if saved else "folder", written)
     if path.suffix.lower() not in TABLE_SUFFIXES:
-        known = ", ".join(TABLE_SUFFIXES)
-        raise DataError(f"{setting}: '{written}' is a file of unknown kind '{path.suffix}'; known: {known}; {FORMS}")
+        raise DataError(f"{setting}: '{written}' is a file of the unknown kind '{path.suffix}'; {FORMS}")
     return Location("table", written)
 
 
