@@ -38,10 +38,11 @@ from accel_clip.models.training_model import (
 )
 from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
 from accel_clip.optim.schedules import build_schedule
+from accel_clip.plan import Workplace, choose_plan
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes
 from accel_clip.randomness import derive_seed
 from accel_clip.run_folder import RunFolder
-from accel_clip.step import ContrastiveStep, Plan
+from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import EarlyStopping, check_metric
 from accel_clip.tracking import Tracking
 
@@ -170,9 +171,8 @@ class Trainer:
     def start(self) -> None:
         """Plan the step and open everything that measures the run."""
         describe_processes(self.accelerator)
-        train = self.config.train
-        rows = train.batch_size // self.accelerator.num_processes
-        plan = Plan(train.micro_batch_size or rows, num_kept=10**9)
+        place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
+        plan = choose_plan(place, self.config.train)
         self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
         self.tracking = Tracking(self.accelerator, self.config, self.folder)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)

@@ -16,7 +16,7 @@ FLOORS = (
     ("faults", "meters", "stopping", "randomness", "console"),
     ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking"),
     ("data", "models", "optim", "losses"),
-    ("check", "evaluation", "export", "step", "chunks", "listing"),
+    ("check", "evaluation", "export", "step", "chunks", "plan", "listing"),
     ("trainer", "plots"),
     ("cli",),
 )

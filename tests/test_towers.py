@@ -212,6 +212,7 @@ def test_an_end_token_that_is_not_the_largest() -> None:
     for row, place in enumerate((4, 11, 2)):  # two captions have none
         tokens[row, place] = 7
     assert caption_lengths(tokens, end_token(clip)).tolist() == [5, 12, 3, 1, 1]
+    assert can_trim(clip, lambda captions: tokens[: len(captions)])
     assert_near(in_chunks(clip, tokens, max_rows=2), clip.encode_text(tokens, normalize=True), 1e-6)
 
 

@@ -20,6 +20,7 @@ from accel_clip.data.captions import caption_hash, choose_caption
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.order import Order, no_usable_sample
 from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError
 from accel_clip.randomness import derive_seed, seeded
 
@@ -94,7 +95,8 @@ class TrainingPairs(Dataset[Example | DataError]):
 
     def describe(self, problem: UnusableSample, sample: int, epoch: int) -> BadSample:
         """Return the record of an unusable sample."""
-        return BadSample(self.source.name, sample, problem.reason, problem.path, problem.detail, epoch)
+        source, index = origin(self.source, sample)
+        return BadSample(source.name, index, problem.reason, problem.path, problem.detail, epoch)
 
 
 class BatchPlaces(Sampler[list[Place]]):

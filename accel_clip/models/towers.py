@@ -140,11 +140,11 @@ def own_text_tower(clip: Any) -> Any | None:
 def ignores_what_follows(tower: Any) -> bool:
     """Return whether the structure says that features depend on nothing after the end token.
 
-    An attached class token, a last or first place that is pooled, and attention without a causal mask rule it out.
+    Attention without a causal mask, pooling at the first or last place, and a class token (it has a place of its own
+    after the context) rule it out.
     """
-    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "output_tokens", False)
-    same_length = len(tower.positional_embedding) == tower.context_length
-    return plain and same_length and tower.attn_mask is not None and pooling(tower)[0] in ("argmax", "eos")
+    no_class_token = len(tower.positional_embedding) == tower.context_length
+    return no_class_token and tower.attn_mask is not None and pooling(tower)[0] in ("argmax", "eos")
 
 
 def pooling(tower: Any) -> tuple[str, int | None]:

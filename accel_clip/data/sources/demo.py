@@ -159,12 +159,12 @@ def paint_background(name: str, jitter: Random) -> Image.Image:
     return Image.new("RGB", (SIDE, SIDE), (red, green, blue))
 
 
-def paint_object(
-    picture: Image.Image, shape: str, colour: str, place: Point, radius: float, jitter: Random
-) -> None:
+def paint_object(picture: Image.Image, shape: str, colour: str, place: Point, radius: float, jitter: Random) -> None:
     """Paint one object, a little off in position (pixels: 2), size (10 %), hue (6 degrees) and rotation (10 degrees)."""
     hue, saturation, value = COLOURS[colour]
-    paint = colorsys.hsv_to_rgb(((hue + jitter.uniform(-6, 6)) % 360) / 360, saturation, value * jitter.uniform(0.93, 1))
+    paint = colorsys.hsv_to_rgb(
+        ((hue + jitter.uniform(-6, 6)) % 360) / 360, saturation, value * jitter.uniform(0.93, 1)
+    )
     radius *= SIDE * jitter.uniform(0.9, 1.1)
     centre = [SIDE * share + jitter.uniform(-2, 2) for share in place]
     angle = math.radians(jitter.uniform(-10, 10))

@@ -1,0 +1,259 @@
+"""The step: its gradient is that of the whole batch, however the batch is cut, kept or recomputed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from commands import small_model
+from torch import Tensor
+
+from accel_clip.chunks import cut_batch
+from accel_clip.config import LossConfig, ModelConfig, TrainConfig
+from accel_clip.data.batch import Batch
+from accel_clip.faults import ConfigError
+from accel_clip.losses.base import Loss, build_loss, total
+from accel_clip.models.anatomy import Anatomy, examine
+from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.freezing import freeze
+from accel_clip.models.training_model import TrainingModel
+from accel_clip.plan import Workplace, choose_plan, graph_bytes
+from accel_clip.step import ContrastiveStep, Plan
+
+NUM_PAIRS = 13
+CAPTIONS = ["a frog", "a very long caption of a red bird " * 3, "two cats", "a frog", "one white peahen on wet grass"]
+
+
+def make_batch(model: ClipModel, num_pairs: int = NUM_PAIRS) -> Batch:
+    torch.manual_seed(7)
+    captions = [CAPTIONS[i % 5] + ("" if i % 4 == 0 else f" {i}") for i in range(num_pairs)]
+    size = model.preprocess_config["size"]
+    image = torch.randint(0, 256, (num_pairs, 3, *size), dtype=torch.uint8)
+    numbers = torch.arange(num_pairs)
+    return Batch(image, model.tokenizer(captions), numbers, numbers)
+
+
+def make_model(folder: Path, bias: bool = False, **vision: float) -> ClipModel:
+    described = json.loads(Path(small_model(folder)).read_text())
+    described["vision_cfg"].update(vision)
+    if bias:
+        described["init_logit_bias"] = -3.0
+    file = folder / f"model_{abs(hash(json.dumps(described)))}.json"
+    file.write_text(json.dumps(described))
+    torch.manual_seed(1)
+    return build_model(ModelConfig(str(file)))
+
+
+def gradients(model: ClipModel, loss: Loss, batch: Batch, plan: Plan, seed: int = 5) -> dict[str, Tensor]:
+    """Return the raw gradients that one step leaves, by parameter name."""
+    accelerator = Accelerator(cpu=True)
+    anatomy = examine(model.clip, model.tokenizer)
+    wrapped = TrainingModel(model, anatomy.separate).train()
+    model.clip.zero_grad()
+    torch.manual_seed(seed)
+    ContrastiveStep(accelerator, wrapped, loss, anatomy, plan)(batch)
+    return {name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None}
+
+
+def plain_gradients(model: ClipModel, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+    """Return what plain autograd over the whole batch and open_clip's own forward give."""
+    mean, std = (torch.tensor(model.preprocess_config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    model.clip.zero_grad()
+    outputs = model.clip(image=(batch.image / 255 - mean) / std, text=batch.tokens)
+    total(loss({key: value for key, value in outputs.items() if value is not None})).backward()
+    return {name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None}
+
+
+def assert_equal_gradients(given: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert given.keys() == expected.keys()
+    for name, reference in expected.items():
+        difference = (given[name] - reference).abs().max() / reference.abs().max().clamp_min(1e-12)
+        assert difference <= tolerance, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 13, 50])
+@pytest.mark.parametrize("num_kept", [0, 3, 99])
+def test_any_cut_gives_the_gradient_of_the_whole_batch(tmp_path: Path, name: str, rows: int, num_kept: int) -> None:
+    model = make_model(tmp_path, bias=name == "siglip")
+    loss, batch = build_loss(LossConfig(name)), make_batch(model)
+    expected = plain_gradients(model, loss, batch)
+    assert "logit_scale" in expected and (name == "clip" or "logit_bias" in expected)
+    assert_equal_gradients(gradients(model, loss, batch, Plan(rows, num_kept)), expected, 1e-5)
+
+
+def test_a_loss_of_the_user_with_its_own_parameter(tmp_path: Path) -> None:
+    class Weighted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+            logits = self.weight * logit_scale * image_features @ text_features.T
+            return {"pull_loss": -logits.diagonal().mean(), "spread_loss": logits.logsumexp(1).mean()}
+
+    model, loss = make_model(tmp_path), Loss("weighted", Weighted())
+    batch = make_batch(model)
+    expected = plain_gradients(model, loss, batch)
+    own, loss.function.weight.grad = loss.function.weight.grad, None
+    assert_equal_gradients(gradients(model, loss, batch, Plan(4, 2)), expected, 1e-5)
+    torch.testing.assert_close(loss.function.weight.grad, own)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_dropped_patches_are_the_same_in_both_passes(tmp_path: Path, rows: int) -> None:
+    model = make_model(tmp_path, patch_dropout=0.5)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    kept, some, none = (gradients(model, loss, batch, Plan(rows, num)) for num in (99, 4, 0))
+    assert_equal_gradients(some, kept, 1e-6)
+    assert_equal_gradients(none, kept, 1e-6)
+    other = gradients(model, loss, batch, Plan(rows, 99), seed=6)
+    assert not torch.allclose(other["visual.proj"], kept["visual.proj"], rtol=1e-3), "no patch was dropped"
+
+
+def test_without_replayed_randomness_the_gradient_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path, patch_dropout=0.5)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    right = gradients(model, loss, batch, Plan(3, 0))
+    monkeypatch.setattr("accel_clip.randomness.RandomState.restore", lambda self: None)
+    wrong = gradients(model, loss, batch, Plan(3, 0))
+    assert (wrong["visual.proj"] - right["visual.proj"]).abs().max() > 1e-3 * right["visual.proj"].abs().max()
+
+
+def test_plain_accumulation_is_another_objective(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model, 12)
+    right = gradients(model, loss, batch, Plan(3, 0))
+    parts = [
+        Batch(batch.image[i : i + 3], batch.tokens[i : i + 3], batch.sample[:3], batch.sample[:3]) for i in (0, 3, 6, 9)
+    ]
+    sums = [gradients(model, loss, part, Plan(3, 0)) for part in parts]
+    flat = torch.cat([sum(each[name] for each in sums).flatten() for name in right])
+    whole = torch.cat([each.flatten() for each in right.values()])
+    assert torch.nn.functional.cosine_similarity(flat, whole, dim=0) < 0.99
+
+
+@pytest.mark.parametrize("patterns", [["image"], ["text"], ["image", "text"]])
+def test_frozen_towers_run_once_and_get_nothing(tmp_path: Path, patterns: list[str]) -> None:
+    model = make_model(tmp_path)
+    freeze(model.clip, patterns)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    calls = {"image": 0, "text": 0}
+    model.clip.visual.register_forward_pre_hook(lambda *_: calls.update(image=calls["image"] + 1))
+    model.clip.transformer.register_forward_pre_hook(lambda *_: calls.update(text=calls["text"] + 1))
+    expected = plain_gradients(model, loss, batch)
+    examine(model.clip, model.tokenizer)
+    calls.update(image=0, text=0)
+    anatomy = examine(model.clip, model.tokenizer)
+    calls.update(image=0, text=0)
+    wrapped = TrainingModel(model).train()
+    model.clip.zero_grad()
+    ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, Plan(5, 0))(batch)
+    given = {name: each.grad for name, each in model.clip.named_parameters() if each.grad is not None}
+    assert_equal_gradients(given, expected, 1e-5)
+    num_captions = len(torch.unique(batch.tokens, dim=0))
+    chunks = {"image": 3, "text": -(-num_captions // 5)}
+    for side in ("image", "text"):
+        passes = 1 if side in patterns else 2
+        extra = 1 if len(patterns) == 2 and side == "text" else 0  # the scale's gradient needs one graph
+        assert calls[side] == passes * chunks[side] + extra
+
+
+def test_batch_norm_counts_a_batch_once(tmp_path: Path) -> None:
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(12)
+            self.out = torch.nn.Linear(12, 32)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.out(self.norm(pixels[:, :, :2, :2].flatten(1)))
+
+    model = make_model(tmp_path)
+    model.clip.visual = Tower()
+    counts = []
+    for num_kept in (99, 0):
+        gradients(model, build_loss(LossConfig("clip")), make_batch(model, 12), Plan(4, num_kept))
+        counts.append(int(model.clip.visual.norm.num_batches_tracked))
+    assert counts == [3, 6]
+
+
+def test_equal_captions_are_one_item_and_chunks_are_trimmed(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    batch = make_batch(model)
+    anatomy = examine(model.clip, model.tokenizer)
+    assert anatomy.separate and anatomy.trims and anatomy.deduplicates
+    cut = cut_batch(batch, anatomy, 4)
+    texts = [chunk for chunk in cut.chunks if "text" in chunk.inputs]
+    lengths = [chunk.inputs["text"].shape[1] for chunk in texts]
+    assert sum(len(chunk.rows) for chunk in texts) == len(torch.unique(batch.tokens, dim=0)) < NUM_PAIRS
+    assert lengths == sorted(lengths) and lengths[0] < 10 and max(lengths) <= 32
+    rows = torch.arange(float(len(torch.unique(batch.tokens, dim=0)))).view(-1, 1)
+    pairs = cut.to_pairs("text_features", rows)
+    assert torch.equal(pairs[0], pairs[0]) and len(pairs) == NUM_PAIRS
+    assert cut.to_items("text_features", torch.ones(NUM_PAIRS, 1)).sum() == NUM_PAIRS
+
+
+def test_accumulation_and_clipping_see_one_gradient_a_batch(tmp_path: Path) -> None:
+    """Inside `accumulate` two batches give the mean of their gradients."""
+    model = make_model(tmp_path)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model, 12)
+    once = gradients(model, loss, batch, Plan(5, 1))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator.gradient_state.plugin_kwargs.update(num_steps=2)
+    anatomy = examine(model.clip, model.tokenizer)
+    step = ContrastiveStep(accelerator, TrainingModel(model).train(), loss, anatomy, Plan(5, 1))
+    model.clip.zero_grad()
+    for _ in range(2):
+        with accelerator.accumulate(step.model):
+            step(batch)
+    given = {name: each.grad for name, each in model.clip.named_parameters()}
+    accelerator.gradient_state.plugin_kwargs.update(num_steps=1)
+    assert_equal_gradients(given, once, 1e-5)
+
+
+def workplace(model: ClipModel) -> tuple[Workplace, Anatomy]:
+    anatomy = examine(model.clip, model.tokenizer)
+    return Workplace(Accelerator(cpu=True), TrainingModel(model), model, anatomy), anatomy
+
+
+def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    place, _ = workplace(model)
+    image, text = graph_bytes(place, 4)
+
+    def kept(activation_bytes: float) -> Plan:
+        config = TrainConfig(batch_size=16, micro_batch_size=4, activation_gib=activation_bytes / 2**30)
+        return choose_plan(place, config)
+
+    assert kept(0) == Plan(4, 0)
+    assert kept(2.5 * text) == Plan(4, 2)
+    assert kept(4 * text + 1.5 * image) == Plan(4, 5)
+    assert kept(1e12) == Plan(4, 8)
+    assert choose_plan(place, TrainConfig(batch_size=16)) == Plan(16, 2)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = workplace(make_model(tmp_path))
+    largest = max(graph_bytes(place, 16))
+    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: int(largest * 2 / 3))
+    assert choose_plan(place, TrainConfig(batch_size=16)).micro_batch_size == 4
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 16 rows do not fit"):
+        choose_plan(place, TrainConfig(batch_size=16, micro_batch_size=16))
+    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: 1)
+    with pytest.raises(ConfigError, match="not even one row"):
+        choose_plan(place, TrainConfig(batch_size=16))
+
+
+def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
+    model = make_model(tmp_path, patch_dropout=0.5)
+    place, _ = workplace(model)
+    torch.manual_seed(3)
+    before, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.clip.state_dict().items()}
+    choose_plan(place, TrainConfig(batch_size=8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.clip.parameters())
+    assert all(torch.equal(value, weights[key]) for key, value in model.clip.state_dict().items())
