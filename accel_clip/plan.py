@@ -3,7 +3,7 @@
 1. Try one chunk of each tower, forward and backward, and count the bytes that its graph holds. Without
    `train.micro_batch_size` the chunk is the process's whole part of the batch, halved until it fits.
 2. All processes take the smallest size that one of them found.
-3. Keep the graphs of as many of the last chunks as the budget holds (`train.activation_gib`, else most of what is free).
+3. Keep the graphs of as many of the last chunks as the budget holds: `train.activation_gib`, else most of what is free.
 
 The result decides time and memory only: the gradient is the same for every plan, to rounding.
 """
@@ -95,7 +95,7 @@ def fits(place: Workplace, rows: int) -> bool:
 
 
 def graphs_within(place: Workplace, config: TrainConfig, rows: int, whole: int) -> int:
-    """Return how many of the last chunks of a batch of `whole` pairs keep their graph: pictures come before captions."""
+    """Return how many of the last chunks of a batch of `whole` pairs keep their graph; captions come last."""
     device = place.accelerator.device
     share = SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE)
     budget = share * free_bytes(device) if config.activation_gib is None else config.activation_gib * GIB
@@ -154,6 +154,4 @@ def agreed_maximum(accelerator: Accelerator, value: int) -> int:
 def warn_of_batch_norm(model: nn.Module) -> None:
     """Say once that batch norm makes a model depend on how the batch is cut."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
-        say(
-            "warning: this model has batch norm, whose statistics are those of a micro-batch: its size changes the result"
-        )
+        say("warning: batch norm takes its statistics from a micro-batch, so the size of one changes the result")

@@ -64,7 +64,8 @@ class ContrastiveStep:
         """
         cut = cut_batch(batch, self.anatomy, self.plan.micro_batch_size)
         passed = FirstPass(self, cut)
-        gradient = global_loss_gradient(self.accelerator, self.loss, passed.outputs())
+        columns = {name: each.to(self.accelerator.device) for name, each in batch.columns().items()}
+        gradient = global_loss_gradient(self.accelerator, self.loss, {**columns, **passed.outputs()})
         self.second_pass(passed, gradient)
         return gradient.terms
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import open_clip
 import pytest
 import torch
+from emulation import on_all
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
@@ -15,19 +16,6 @@ from accel_clip.config import LossConfig
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES, Loss, build_loss, total
 from accel_clip.losses.gradient import LossGradient, global_loss_gradient, rows_surrogate, scalars_surrogate
-
-
-class Processes:
-    """What a loss needs of `Accelerator`, for one of several processes that are emulated one after another."""
-
-    def __init__(self, process_index: int, parts: list[Tensor]) -> None:
-        self.process_index, self.num_processes, self.parts = process_index, len(parts[0]), parts
-        self.calls = 0
-
-    def gather(self, rows: Tensor) -> Tensor:
-        everyone = next(part for part in self.parts if torch.equal(part[self.process_index], rows))
-        self.calls += 1
-        return torch.cat(list(everyone))
 
 
 def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -75,13 +63,39 @@ def test_every_registered_loss_has_a_reference_here() -> None:
     assert set(LOSSES.names()) == set(REFERENCES)
 
 
+def ours(name: str) -> Loss:
+    return build_loss(LossConfig(name))
+
+
+def in_plain_autograd(name: str) -> Loss:
+    """Return the dense reference as a user's loss, which takes the generic path."""
+    if name == "clip":
+        return Loss(
+            name,
+            lambda image_features, text_features, logit_scale: dense_clip(
+                image_features, text_features, logit_scale, logit_scale
+            ),
+        )
+    return Loss(
+        name,
+        lambda image_features, text_features, logit_scale, logit_bias: dense_siglip(
+            image_features, text_features, logit_scale, logit_bias
+        ),
+    )
+
+
 @pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(
+    "make", [lambda name: build_loss(LossConfig(name)), in_plain_autograd], ids=["ours", "generic"]
+)
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_shares_of_all_processes_add_up_to_the_gradient_of_the_global_batch(name: str, num_processes: int) -> None:
+def test_shares_of_all_processes_add_up_to_the_gradient_of_the_global_batch(
+    name: str, make: Callable[[str], Loss], num_processes: int
+) -> None:
     whole = outputs(6)
-    loss = build_loss(LossConfig(name))
     expected = torch.autograd.grad(REFERENCES[name](*whole.values()), list(whole.values()), allow_unused=True)
-    gradients = averaged_gradients(loss, whole, num_processes)
+    gradients, value = averaged_gradients(make(name), whole, num_processes)
+    torch.testing.assert_close(value, REFERENCES[name](*whole.values()).detach(), rtol=1e-12, atol=1e-12)
     for key, reference in zip(whole, expected, strict=True):
         dense = torch.zeros_like(whole[key]) if reference is None else reference
         torch.testing.assert_close(gradients[key], dense, rtol=1e-10, atol=1e-12, msg=key)
@@ -89,31 +103,30 @@ def test_shares_of_all_processes_add_up_to_the_gradient_of_the_global_batch(name
 
 def averaged_gradients(
     loss: Loss, whole: dict[str, Tensor], num_processes: int, factor: Callable[[int], float] = lambda _: 1.0
-) -> dict[str, Tensor]:
-    """Return what DDP would average the gradients of all processes to; features stand for tower parameters."""
-    rows = [whole["image_features"].detach(), whole["text_features"].detach()]
-    parts = [each.reshape(num_processes, -1, each.shape[1]) for each in rows]
-    summed = {key: torch.zeros_like(value) for key, value in whole.items()}
-    for process in range(num_processes):
-        share = len(rows[0]) // num_processes
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what DDP would average the gradients of all processes to, features standing for towers, and the loss."""
+    share = len(whole["image_features"]) // num_processes
+
+    def rows_of(process: int) -> dict[str, Tensor]:
         own = slice(process * share, (process + 1) * share)
-        mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
-        accelerator = Processes(process, parts)
-        scalar = factor(num_processes) * surrogate(
-            num_processes, loss, mine, global_loss_gradient(accelerator, loss, mine)
-        )
+        return {key: value[own] if value.ndim else value for key, value in whole.items()}
+
+    made, _ = on_all(num_processes, lambda process: global_loss_gradient(process, loss, rows_of(process.process_index)))
+    summed = {key: torch.zeros_like(value) for key, value in whole.items()}
+    for process, gradient in enumerate(made):
+        scalar = factor(num_processes) * surrogate(num_processes, loss, rows_of(process), gradient)
         gradients = torch.autograd.grad(scalar, list(whole.values()), allow_unused=True)
-        for key, gradient in zip(whole, gradients, strict=True):
-            if gradient is not None:
-                summed[key] += gradient / num_processes
-    return summed
+        for key, slope in zip(whole, gradients, strict=True):
+            if slope is not None:
+                summed[key] += slope / num_processes
+    return summed, torch.stack([total(gradient.terms) for gradient in made]).mean()
 
 
 def test_without_the_factor_of_processes_the_towers_get_half_the_gradient() -> None:
     """The known wrong recipe must show in this comparison, else the comparison proves nothing."""
     whole = outputs(6)
-    right = averaged_gradients(build_loss(LossConfig("clip")), whole, 2)
-    wrong = averaged_gradients(build_loss(LossConfig("clip")), whole, 2, factor=lambda num: 1 / num)
+    right, _ = averaged_gradients(build_loss(LossConfig("clip")), whole, 2)
+    wrong, _ = averaged_gradients(build_loss(LossConfig("clip")), whole, 2, factor=lambda num: 1 / num)
     ratio = wrong["image_features"].norm() / right["image_features"].norm()
     assert ratio.item() == pytest.approx(0.5)
 
@@ -123,7 +136,7 @@ def test_local_negatives_alone_are_another_objective() -> None:
     loss = build_loss(LossConfig("clip"))
     halves = [{k: v[part] if v.ndim else v for k, v in whole.items()} for part in (slice(0, 3), slice(3, 6))]
     local = torch.autograd.grad((total(loss(halves[0])) + total(loss(halves[1]))) / 2, whole["image_features"])[0]
-    right = averaged_gradients(loss, whole, 2)["image_features"]
+    right = averaged_gradients(loss, whole, 2)[0]["image_features"]
     assert torch.nn.functional.cosine_similarity(local.flatten(), right.flatten(), dim=0) < 0.99
 
 
@@ -188,10 +201,42 @@ def test_a_losss_own_parameters_get_their_gradient_once() -> None:
 
     loss, whole = Loss("weighted", Weighted()), outputs(4)
     expected = torch.autograd.grad(total(loss(whole)), loss.function.weight)[0]
-    parts = [whole[key].detach().reshape(2, 2, -1) for key in ("image_features", "text_features")]
-    for process in (0, 1):
+
+    def rows_of(process: int) -> dict[str, Tensor]:
         own = slice(2 * process, 2 * process + 2)
-        mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
-        accelerator = Processes(process, parts)
-        scalar = surrogate(2, loss, mine, global_loss_gradient(accelerator, loss, mine))
+        return {key: value[own] if value.ndim else value for key, value in whole.items()}
+
+    made, _ = on_all(2, lambda process: global_loss_gradient(process, loss, rows_of(process.process_index)))
+    for process, gradient in enumerate(made):
+        scalar = surrogate(2, loss, rows_of(process), gradient)
         torch.testing.assert_close(torch.autograd.grad(scalar, loss.function.weight)[0], expected)
+
+
+@pytest.mark.parametrize("same", ["caption", "picture"])
+@pytest.mark.parametrize("duplicates", ["positives", "masked"])
+def test_equal_pairs_over_processes_are_positives_or_left_out(duplicates: str, same: str) -> None:
+    whole = outputs(6)
+    groups = torch.tensor([0, 1, 0, 2, 1, 0])
+    loss = build_loss(LossConfig("clip", {"duplicates": duplicates, "same": same}))
+    equal = groups[:, None] == groups
+    other = equal & ~torch.eye(6, dtype=torch.bool)
+    logits = whole["logit_scale"] * whole["image_features"] @ whole["text_features"].T
+    left_out = logits.masked_fill(other, -math.inf) if duplicates == "masked" else logits
+    weights = equal.double() if duplicates == "positives" else torch.eye(6, dtype=torch.float64)
+    targets = weights / weights.sum(1, keepdim=True)
+    expected = sum(
+        -(targets * (each.log_softmax(1)).masked_fill(targets == 0, 0)).sum(1).mean() / 2
+        for each in (left_out, left_out.T)
+    )
+
+    def rows_of(process: int) -> dict[str, Tensor]:
+        own = slice(3 * process, 3 * process + 3)
+        mine = {key: value[own] if value.ndim else value for key, value in whole.items()}
+        return {**mine, f"{same}_hash": groups[own]}
+
+    made, num_gathers = on_all(2, lambda process: global_loss_gradient(process, loss, rows_of(process.process_index)))
+    slopes = torch.cat([gradient.by_row["image_features"] for gradient in made])
+    torch.testing.assert_close(
+        slopes, torch.autograd.grad(expected, whole["image_features"])[0], rtol=1e-10, atol=1e-12
+    )
+    assert num_gathers == 3

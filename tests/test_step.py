@@ -33,7 +33,7 @@ def make_batch(model: ClipModel, num_pairs: int = NUM_PAIRS) -> Batch:
     size = model.preprocess_config["size"]
     image = torch.randint(0, 256, (num_pairs, 3, *size), dtype=torch.uint8)
     numbers = torch.arange(num_pairs)
-    return Batch(image, model.tokenizer(captions), numbers, numbers)
+    return Batch(image, model.tokenizer(captions), numbers, numbers, numbers)
 
 
 def make_model(folder: Path, bias: bool = False, **vision: float) -> ClipModel:
@@ -127,9 +127,7 @@ def test_plain_accumulation_is_another_objective(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model, 12)
     right = gradients(model, loss, batch, Plan(3, 0))
-    parts = [
-        Batch(batch.image[i : i + 3], batch.tokens[i : i + 3], batch.sample[:3], batch.sample[:3]) for i in (0, 3, 6, 9)
-    ]
+    parts = [Batch(batch.image[i : i + 3], batch.tokens[i : i + 3], *[batch.sample[:3]] * 3) for i in (0, 3, 6, 9)]
     sums = [gradients(model, loss, part, Plan(3, 0)) for part in parts]
     flat = torch.cat([sum(each[name] for each in sums).flatten() for name in right])
     whole = torch.cat([each.flatten() for each in right.values()])

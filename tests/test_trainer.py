@@ -16,8 +16,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from accel_clip import Config, train
-from accel_clip.config import DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
-from accel_clip.config import StopConfig, TrackConfig, TrainConfig
+from accel_clip.config import (
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    StopConfig,
+    TrackConfig,
+    TrainConfig,
+)
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources.resolve import open_source

@@ -13,6 +13,6 @@ def choose_caption(captions: tuple[str, ...], seed: int, epoch: int, sample: int
     return captions[derive_seed(seed, "caption", epoch, sample) % len(captions)]
 
 
-def caption_hash(caption: str) -> int:
-    """Return a 63-bit number that equal captions share."""
-    return derive_seed("caption", caption)
+def hash_of(kind: str, identity: str) -> int:
+    """Return a 63-bit number that equal captions, or keys of pictures, share."""
+    return derive_seed(kind, identity)

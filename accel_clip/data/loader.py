@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample
 from accel_clip.data.batch import Batch
-from accel_clip.data.captions import caption_hash, choose_caption
+from accel_clip.data.captions import choose_caption, hash_of
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.order import Order, no_usable_sample
 from accel_clip.data.sources.base import Source
@@ -46,6 +46,7 @@ class Example:
     tokens: Tensor
     sample: int
     caption_hash: int
+    picture_hash: int
     bad_samples: tuple[BadSample, ...]
 
 
@@ -87,7 +88,8 @@ class TrainingPairs(Dataset[Example | DataError]):
         picture = decode_picture(pair.image, self.max_pixels)
         with seeded(derive_seed(self.order.seed, "augmentation", epoch, sample)):
             image = self.augment(picture)
-        return Example(image, self.tokenizer([caption])[0], sample, caption_hash(caption), bad_samples)
+        hashes = hash_of("caption", caption), hash_of("picture", self.source.key(sample))
+        return Example(image, self.tokenizer([caption])[0], sample, *hashes, bad_samples)
 
     def augment(self, picture: Image) -> Tensor:
         """Return a random crop at the model's size, uint8 [3, H, W]."""
@@ -126,6 +128,7 @@ def collate(fetched: Sequence[Example | DataError]) -> Batch | DataError:
         tokens=torch.stack([example.tokens for example in examples]),
         sample=torch.tensor([example.sample for example in examples]),
         caption_hash=torch.tensor([example.caption_hash for example in examples]),
+        picture_hash=torch.tensor([example.picture_hash for example in examples]),
         bad_samples=tuple(bad for example in examples for bad in example.bad_samples),
     )
 

@@ -14,7 +14,7 @@ from accel_clip.data.sources.base import Source
 from accel_clip.evaluation.encode import describe
 from accel_clip.faults import DataError
 from accel_clip.losses.base import Loss, total
-from accel_clip.losses.gradient import ieee_float32
+from accel_clip.losses.precision import ieee_float32
 from accel_clip.randomness import derive_seed
 
 WITHOUT_CAPTION = ("no_caption", "caption_encoding")
@@ -106,7 +106,11 @@ def validation_loss(
         for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
             images = image_features[pairs.image_of_row[batches[number]]].to(accelerator.device)
             texts = text_features[pairs.text_of_row[batches[number]]].to(accelerator.device)
-            losses[number] = total(loss({"image_features": images, "text_features": texts, **scalars}))
+            identity = {
+                "caption_hash": pairs.text_of_row[batches[number]],
+                "picture_hash": pairs.image_of_row[batches[number]],
+            }
+            losses[number] = total(loss({"image_features": images, "text_features": texts, **identity, **scalars}))
     return accelerator.reduce(losses, "sum").cpu().double().mean().item()
 
 

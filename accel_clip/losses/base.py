@@ -47,7 +47,7 @@ class Loss:
         return terms
 
     def signature_of(self) -> Callable[..., Any]:
-        """Return the callable whose signature says what the loss takes."""
+        """Return the callable whose signature says what the loss takes; a module's own is in its `forward`."""
         return self.function.forward if isinstance(self.function, nn.Module) else self.function
 
     def requires_bias(self) -> bool:

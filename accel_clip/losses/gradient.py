@@ -1,5 +1,7 @@
 """The gradient of a loss over the global batch, with respect to what this process's model returned.
 
+Losses that know their gradient bring it themselves (`tiles.py`). For any other loss:
+
 1. Gather the outputs of all processes (no gradient crosses processes here).
 2. Compute the loss of the whole batch on every process.
 3. Differentiate it by this process's own rows, by the scalars, and by the loss's own parameters.
@@ -9,8 +11,6 @@ Cost: every process computes all B × B logits, so memory grows with B².
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from accel_clip.losses.base import Loss, total
+from accel_clip.losses.precision import at_least_float32, ieee_float32
+from accel_clip.losses.tiles import Share
 
 SCALARS = ("logit_scale", "logit_bias")
 
@@ -41,8 +43,10 @@ def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str
     """Return the loss of the batch of all processes and its gradient by `outputs` of this process.
 
     outputs: features [b, D] and other tensors with one row for each of this process's pairs, and scalars. Every process
-    must bring the same number of pairs.
+    must bring the same number of pairs. A loss with a method `gradient(accelerator, outputs)` computes it itself.
     """
+    if hasattr(loss.function, "gradient"):
+        return loss.function.gradient(accelerator, outputs)
     own = {key: at_least_float32(value.detach()) for key, value in outputs.items()}
     leaves = {key: value.requires_grad_() for key, value in own.items() if value.is_floating_point()}
     with ieee_float32():
@@ -58,11 +62,22 @@ def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str
     )
 
 
+def gradient_of_share(accelerator: Accelerator, share: Share) -> LossGradient:
+    """Return a process's share of a contrastive loss as a gradient: what adds up over processes becomes an average."""
+    number = accelerator.num_processes
+    return LossGradient(
+        terms={"contrastive_loss": number * share.loss},
+        by_row={"image_features": share.by_image_features, "text_features": share.by_text_features},
+        by_scalar={"logit_scale": number * share.by_logit_scale, "logit_bias": number * share.by_logit_bias},
+        by_parameter=[],
+    )
+
+
 def rows_surrogate(num_processes: int, rows: Tensor, outputs: dict[str, Tensor], slopes: dict[str, Tensor]) -> Tensor:
     """Return a scalar whose gradient, averaged over processes as DDP does, is that of the loss by these outputs.
 
-    outputs: what the model returned for `rows`, int64 [n]; slopes: the gradient of the loss by all rows of this process.
-    No other process holds any of it, so it is multiplied by the number that the average divides by.
+    outputs: what the model returned for `rows`, int64 [n]; slopes: the gradient by all rows of this process.
+    No other process holds any of it, so it is multiplied by what the average divides by.
     """
     products = [
         (outputs[name].to(slope.dtype) * slope[rows.to(slope.device)]).sum()
@@ -77,7 +92,7 @@ def scalars_surrogate(loss: Loss, outputs: dict[str, Tensor], gradient: LossGrad
 
     They already are what their average over processes is.
     """
-    scalars = [(outputs[name] * slope).sum() for name, slope in gradient.by_scalar.items()]
+    scalars = [(outputs[name] * slope).sum() for name, slope in gradient.by_scalar.items() if name in outputs]
     own = [(each * slope).sum() for each, slope in zip(loss.parameters(), gradient.by_parameter, strict=True)]
     return torch.stack([*scalars, *own]).sum()
 
@@ -89,19 +104,3 @@ def spliced(accelerator: Accelerator, rows: Tensor) -> Tensor:
     gathered = accelerator.gather(rows.detach())
     start = accelerator.process_index * len(rows)
     return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
-
-
-def at_least_float32(value: Tensor) -> Tensor:
-    """Return a floating-point tensor in float32 or wider: logits of bf16 features are too coarse."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Multiply float32 exactly as IEEE says inside the block: TF32 keeps ten bits, which a logit scale of 100 shows."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

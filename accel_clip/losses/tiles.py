@@ -7,10 +7,11 @@ Softmax (Radford et al. 2021, arXiv 2103.00020, figure 3), logits L_ij = s x_i·
 
 1. Gather the features of both sides in one tensor.
 2. First sweep: running log-sum-exps of own rows, row_i = log Σ_j exp L_ij, and of own rows' part of every column.
-3. Gather these; the parts of column j add up to col_j = log Σ_i exp L_ij.
-4. Second sweep: with G_ij = exp(L_ij − row_i) + exp(L_ij − col_j), add up G Y for own images and Gᵀ X for own texts.
-5. loss = 1/2B Σ_i (row_i + col_i − 2 s x_i·ȳ_i), ∂loss/∂X = s/2B (G Y − 2 Ȳ), ∂loss/∂Y = s/2B (Gᵀ X − 2 X̄), where
-   ȳ_i is the mean of the texts that are right for image i: its own, unless `positives` says otherwise.
+3. Gather these; the parts of column j join to col_j = log Σ_i exp L_ij.
+4. Second sweep: with G_ij = exp(L_ij − row_i) + exp(L_ij − col_j) − 2 δ_ij, add up G Y for own images and Gᵀ X for own
+   texts; loss = 1/2B Σ_i (row_i + col_i − 2 L_ii), ∂loss/∂X = s/2B G Y, ∂loss/∂Y = s/2B Gᵀ X.
+5. Where pairs are equal and `positives` says that all their texts are right, their mean ȳ_i takes the place of y_i in
+   L_ii and in −2 y_i, and likewise x̄_i: B D numbers, no sweep.
 
 Sigmoid (Zhai et al. 2023, arXiv 2303.15343, algorithm 1), logits L_ij = s x_i·y_j + β, and Z = L with L_ii negated:
 
@@ -18,11 +19,11 @@ Sigmoid (Zhai et al. 2023, arXiv 2303.15343, algorithm 1), logits L_ij = s x_i·
 2. One sweep: loss = 1/B Σ softplus(Z_ij); with G = σ(Z), its diagonal negated again, ∂loss/∂X = s/B G Y,
    ∂loss/∂Y = s/B Gᵀ X and ∂loss/∂β = 1/B Σ G_ij.
 
-A loss knows s only through s X, so ∂loss/∂s = Σ_i x_i·(∂loss/∂x_i) / s in both: it costs no sweep.
+Both know s only through s X, so ∂loss/∂s = Σ_i x_i·(∂loss/∂x_i) / s costs no sweep.
 One process makes each tile of G once and multiplies it from both sides; several make own rows of G and of Gᵀ, which
 costs one product more but moves no gradient between processes.
 
-| per process | floating-point operations | numbers in memory besides the inputs | gathers |
+| per process | operations in products | numbers in memory besides the inputs | gathers |
 |---|---|---|---|
 | softmax | 8 B² D; W > 1: 10 b B D | 2 t² + 2 b D; W > 1: + 2 B D | 2, and 1 for `positives`; W = 1: 0 |
 | sigmoid | 6 B² D; W > 1: 8 b B D | the same | 1; W = 1: 0 |
@@ -40,10 +41,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from accel_clip.losses.gradient import at_least_float32, ieee_float32
+from accel_clip.losses.precision import at_least_float32, ieee_float32
 
-# Bytes of the two live tiles, 2048 × 2048 in float32 each. Larger tiles multiply no faster; smaller ones do, for every
-# product reads all its features once per tile, and every pass over a tile has a start to pay for.
+# Bytes of the two live tiles: 2048 × 2048 each in float32, whatever B is. So many that a product (4e9 operations at
+# D = 512) dwarfs what it costs to start it on any device, and so few that the passes over a tile find it in the cache.
 TILE_BYTES = 32 * 2**20
 
 
@@ -306,7 +307,7 @@ def sides(processes: Accelerator | OneProcess, image_features: Tensor, text_feat
 def softmax_sums(
     processes: Accelerator | OneProcess, side: Side, logits: Iterator[Tile]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of all rows and all columns, each as `sums_of` has them, and the logits [b] of own pairs."""
+    """Return log-sum-exps of all rows and all columns, each [2, B] as in `sums_of`, and own pairs' logits [b]."""
     lowest = torch.finfo(side.rows.dtype).min
     row, column = (side.rows.new_tensor([[lowest], [0]]).repeat(1, len(each)) for each in (side.rows, side.columns))
     own_logits = side.rows.new_empty(len(side.rows))
@@ -314,29 +315,28 @@ def softmax_sums(
         row[:, tile.rows] = joined(torch.stack([row[:, tile.rows], sums_of(tile, 1)]))
         column[:, tile.columns] = joined(torch.stack([column[:, tile.columns], sums_of(tile, 0)]))
         own_logits[tile.own_rows] = tile.own_pairs
-    rows, columns = processes.gather(torch.cat([row, column], dim=1)[None]).split(
-        [len(side.rows), len(side.columns)], 2
-    )
+    everyone = processes.gather(torch.cat([row, column], dim=1)[None])
+    rows, columns = everyone[..., : len(side.rows)], everyone[..., len(side.rows) :]
     return rows.movedim(0, 1).flatten(1), joined(columns), own_logits
 
 
 def sums_of(tile: Tile, dim: int) -> Tensor:
-    """Return log-sum-exps along `dim` as two numbers, [2, t]: the largest logit m, and Σ exp(logit − m).
+    """Return log-sum-exps along `dim` as two numbers each, [2, t]: the largest logit m, and Σ exp(logit − m).
 
-    Two, because m + log Σ in one float32 is wrong by 4e-6 at 100: too much for the gradient of a small loss.
+    Two, because m + log Σ rounds to 4e-6 at 100 in float32, which the gradient of a small loss would show.
     """
     largest = tile.logits.amax(dim, keepdim=True).clamp_(min=torch.finfo(tile.logits.dtype).min)
     return torch.stack([largest.squeeze(dim), torch.sub(tile.logits, largest, out=tile.scratch).exp_().sum(dim)])
 
 
 def joined(sums: Tensor) -> Tensor:
-    """Return the sums over all of the first dimension, [2, n], of [k, 2, n]."""
+    """Return the log-sum-exps [2, n] of k parts [k, 2, n], each as in `sums_of`."""
     largest = sums[:, 0].amax(0)
     return torch.stack([largest, (sums[:, 1] * (sums[:, 0] - largest).exp()).sum(0)])
 
 
 def softmax_weights(logits: Iterator[Tile], row: Tensor, column: Tensor) -> Iterator[Tile]:
-    """Turn logits into the softmax over columns plus that over rows, less 2 for own pairs, by the sums [2, ·] of both."""
+    """Turn logits into G: softmax by the sums [2, b] of the rows, plus that by those [2, B] of the columns, less 2 δ."""
     for tile in logits:
         (row_largest, row_total), (column_largest, column_total) = row[:, tile.rows, None], column[:, tile.columns]
         torch.sub(tile.logits, column_largest, out=tile.scratch).exp_()
@@ -362,7 +362,7 @@ def sigmoid_weights(logits: Iterator[Tile]) -> Iterator[Tile]:
 
 
 def softplus(tile: Tile) -> Tensor:
-    """Return log(1 + exp z) of a tile's logits; `F.softplus` takes it for z where z is large."""
+    """Return log(1 + exp z) of a tile's logits; `F.softplus` is off by 2e-9 from 20 on."""
     return torch.logaddexp(tile.logits, tile.logits.new_zeros(()), out=tile.scratch)
 
 

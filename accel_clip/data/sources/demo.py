@@ -47,14 +47,19 @@ def ring_corners(inner_radius: float) -> list[Point]:
     return [*outer, outer[0], inner[0], *reversed(inner)]
 
 
-ARM = 0.3
+def cross_corners(arm: float) -> list[Point]:
+    """Return the outline of a cross with arms of twice that width."""
+    quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+    turns = [(lambda x, y: (x, y)), (lambda x, y: (-y, x)), (lambda x, y: (-x, -y)), (lambda x, y: (y, -x))]
+    return [turn(*corner) for turn in turns for corner in quarter]
+
+
 SHAPES = {
     "circle": corners(32),
     "square": corners(4, 1.2, 45),
     "triangle": corners(3, 1.2),
     "star": star_corners(5, 0.4),
-    "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)]
-    + [(ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)],
+    "cross": cross_corners(0.3),
     "ring": ring_corners(0.55),
 }
 COLOURS = {  # hue in degrees, saturation, value
@@ -160,7 +165,7 @@ def paint_background(name: str, jitter: Random) -> Image.Image:
 
 
 def paint_object(picture: Image.Image, shape: str, colour: str, place: Point, radius: float, jitter: Random) -> None:
-    """Paint one object, a little off in position (pixels: 2), size (10 %), hue (6 degrees) and rotation (10 degrees)."""
+    """Paint one object, a little off in position (2 pixels), size (10 %), hue (6 degrees) and rotation (10 degrees)."""
     hue, saturation, value = COLOURS[colour]
     paint = colorsys.hsv_to_rgb(
         ((hue + jitter.uniform(-6, 6)) % 360) / 360, saturation, value * jitter.uniform(0.93, 1)
