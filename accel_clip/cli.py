@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def train_main() -> int:
 def guarded(command: Callable[[], None]) -> int:
     """Run a command and turn its errors into one line and an exit code; what is our own bug keeps its traceback."""
     signal.signal(signal.SIGTERM, interrupt)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the loader's workers
     try:
         command()
     except AccelClipError as error:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy
 import torch
 
 
@@ -24,17 +22,14 @@ def fraction_of(*parts: int | str) -> float:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block with Python's, numpy's and torch's CPU generators seeded, and restore them afterwards."""
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.random.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            numpy.random.set_state(numpy_state)
+    """Run a block with torch's CPU generator seeded, and restore it afterwards."""
+    generator = torch.random.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 class RandomState:

@@ -120,8 +120,8 @@ def check(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -
 
 @each_loss
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("own_pairs", [1, 2, 7, 16])
-@pytest.mark.parametrize("tile", [1, 3, 16, None])
+@pytest.mark.parametrize("own_pairs", [1, 2, 7])
+@pytest.mark.parametrize("tile", [1, 3, 5, None])
 def test_shares_add_up_to_the_dense_loss_and_its_gradient(
     compute: Compute, dense: Callable[..., Tensor], num_processes: int, own_pairs: int, tile: int | None
 ) -> None:
@@ -140,13 +140,11 @@ def test_batches_of_the_comparison_have_equal_pairs_within_and_across_processes(
 def test_identical_features_at_the_largest_scale(
     compute: Compute, dense: Callable[..., Tensor], num_processes: int, dtype: torch.dtype
 ) -> None:
-    x, y, scale, bias, hashes = batch(8, scale=100.0)
-    given = [x[:1].expand(8, -1).to(dtype), x[:1].expand(8, -1).to(dtype), scale, bias, hashes]
-    check(
-        shares_of(compute, given, num_processes, 3)[0],
-        reference(dense, given),
-        1e-10 if dtype is torch.float64 else 2e-4,
-    )
+    features, *_, hashes = batch(8)
+    same = features[:1].to(dtype).expand(8, -1)
+    given = [same, same, torch.tensor(100.0), torch.tensor(-30.0), hashes]
+    tolerance = 1e-10 if dtype is torch.float64 else 2e-4
+    check(shares_of(compute, given, num_processes, 3)[0], reference(dense, given), tolerance)
 
 
 @each_loss

@@ -56,6 +56,7 @@ class BadSampleLog:
         self.pending: list[BadSample] = []
         self.listed: set[tuple[str, int | str]] = set()
         self.num_seen = 0
+        self.num_met = 0
         self.counts: Counter[str] = Counter()
 
     def meet(self, samples: tuple[BadSample, ...], num_seen: int) -> None:
@@ -73,8 +74,9 @@ class BadSampleLog:
             return
         everyone = gather_object(self.pending)
         self.pending = []
-        self.counts.update(bad.reason for bad in everyone)
+        self.num_met += len(everyone)
         new = [bad for bad in everyone if (bad.source, bad.sample) not in self.listed]
+        self.counts.update(bad.reason for bad in new)
         self.listed.update((bad.source, bad.sample) for bad in new)
         if new and accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as lines:
@@ -82,15 +84,14 @@ class BadSampleLog:
 
     def check(self, epoch_ended: bool) -> None:
         """Raise `DataError` when too large a share of the samples seen is unusable."""
-        num_bad = sum(self.counts.values())
         if not (epoch_ended or self.num_seen >= SAMPLES_BEFORE_FIRST_LOOK):
             return
-        if num_bad > self.max_bad_fraction * self.num_seen:
+        if self.num_met > self.max_bad_fraction * self.num_seen:
             raise DataError(
-                f"{num_bad} of {self.num_seen} samples are unusable ({self.summary()}), more than "
+                f"{self.num_met} of {self.num_seen} samples are unusable ({self.summary()}), more than "
                 f"data.max_bad_fraction = {self.max_bad_fraction} allows: see {self.file}, or raise the setting"
             )
 
     def summary(self) -> str:
-        """Return the counts by reason."""
+        """Return how many different samples there were by reason."""
         return ", ".join(f"{reason} {count}" for reason, count in sorted(self.counts.items()))

@@ -24,6 +24,7 @@ from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError
 from accel_clip.randomness import derive_seed, seeded
 
+MOST_KNOWN_CAPTIONS = 100_000  # about 100 MB; tokenizing costs more than decoding a small picture
 TRAINING_CROP_SCALE = (
     0.9,
     1.0,
@@ -62,6 +63,7 @@ class TrainingPairs(Dataset[Example | DataError]):
         max_pixels: float,
     ) -> None:
         self.source, self.order, self.tokenizer, self.max_pixels = source, order, tokenizer, max_pixels
+        self.known_tokens: dict[str, Tensor] = {}
         self.crop = RandomResizedCrop(image_size, TRAINING_CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
 
     def __getitem__(self, place: Place) -> Example | DataError:
@@ -89,7 +91,16 @@ class TrainingPairs(Dataset[Example | DataError]):
         with seeded(derive_seed(self.order.seed, "augmentation", epoch, sample)):
             image = self.augment(picture)
         hashes = hash_of("caption", caption), hash_of("picture", self.source.key(sample))
-        return Example(image, self.tokenizer([caption])[0], sample, *hashes, bad_samples)
+        return Example(image, self.tokens_of(caption), sample, *hashes, bad_samples)
+
+    def tokens_of(self, caption: str) -> Tensor:
+        """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
+        tokens = self.known_tokens.get(caption)
+        if tokens is None:
+            tokens = self.tokenizer([caption])[0]
+            if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
+                self.known_tokens[caption] = tokens
+        return tokens
 
     def augment(self, picture: Image) -> Tensor:
         """Return a random crop at the model's size, uint8 [3, H, W]."""

@@ -336,7 +336,7 @@ def joined(sums: Tensor) -> Tensor:
 
 
 def softmax_weights(logits: Iterator[Tile], row: Tensor, column: Tensor) -> Iterator[Tile]:
-    """Turn logits into G: softmax by the sums [2, b] of the rows, plus that by those [2, B] of the columns, less 2 δ."""
+    """Turn logits into G, by the log-sum-exps of their rows [2, b] and columns [2, B], as in `sums_of`."""
     for tile in logits:
         (row_largest, row_total), (column_largest, column_total) = row[:, tile.rows, None], column[:, tile.columns]
         torch.sub(tile.logits, column_largest, out=tile.scratch).exp_()

@@ -11,22 +11,25 @@ import colorsys
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from PIL import Image, ImageDraw
 
 from accel_clip.config import SourceConfig
 from accel_clip.data.sources.base import SOURCES, Pair, Source
-from accel_clip.faults import DataError
+from accel_clip.faults import ConfigError
 
 SIDE = 64  # pixels
 SMOOTHING = 4  # masks are drawn this many times larger
 NUM_HELD_OUT = 256
-NUM_DRAWINGS = 7  # of each combination of training, so that an epoch is about 10,000 pairs
+NUM_DRAWINGS = 7  # of each scene of training: with 1,664 of them an epoch is 45 batches of 256
+PAIR_DISTANCE = 0.23  # of two objects from the middle, as a share of the side
+PAIR_RADIUS = 0.15
 Point = tuple[float, float]
+T = TypeVar("T")
 
 
 def corners(number: int, radius: float = 1.0, turned_degrees: float = -90.0) -> list[Point]:
@@ -81,15 +84,15 @@ PLACES = {
     "on the right": (0.72, 0.5),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (135, 135, 135), "black": (18, 18, 18), "brown": (96, 60, 30)}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = {"left of": ("right of", (-1, 0)), "above": ("below", (0, -1))}  # opposite, and where the first object is
 
 
 class Scene(Protocol):
     """A combination that can be put into words and drawn."""
 
     @property
-    def caption(self) -> str:
-        """Return what there is to see."""
+    def captions(self) -> tuple[str, ...]:
+        """Return what there is to see, in one or more wordings."""
         ...
 
     @property
@@ -113,9 +116,9 @@ class OneObject:
     background: str
 
     @property
-    def caption(self) -> str:
+    def captions(self) -> tuple[str, ...]:
         """Return what there is to see."""
-        return f"a {self.size} {self.colour} {self.shape} {self.place} on a {self.background} background"
+        return (f"a {self.size} {self.colour} {self.shape} {self.place} on a {self.background} background",)
 
     @property
     def label(self) -> str:
@@ -131,31 +134,39 @@ class OneObject:
 
 @dataclass(frozen=True)
 class TwoObjects:
-    """Two objects in relation, on grey."""
+    """Two objects, each a colour and a shape, in relation."""
 
-    colour: str
-    shape: str
+    first: tuple[str, str]
     relation: str
-    other_colour: str
-    other_shape: str
+    second: tuple[str, str]
+    background: str
 
     @property
-    def caption(self) -> str:
-        """Return what there is to see."""
-        return f"a {self.colour} {self.shape} {self.relation} a {self.other_colour} {self.other_shape}"
+    def captions(self) -> tuple[str, ...]:
+        """Return what there is to see, from the first object to the second and the other way."""
+        first, second = with_article(*self.first), with_article(*self.second)
+        opposite, _ = RELATIONS[self.relation]
+        ways = (f"{first} {self.relation} {second}", f"{second} {opposite} {first}")
+        return tuple(f"{way} on a {self.background} background" for way in ways)
 
     @property
     def label(self) -> str:
-        """Return the first shape."""
-        return self.shape
+        """Return the first object's shape."""
+        return self.first[1]
 
     def draw(self, jitter: Random) -> Image.Image:
         """Return one drawing, RGB."""
-        picture = paint_background("grey", jitter)
-        across, down = (0.23 * step for step in RELATIONS[self.relation])
-        paint_object(picture, self.shape, self.colour, (0.5 + across, 0.5 + down), 0.15, jitter)
-        paint_object(picture, self.other_shape, self.other_colour, (0.5 - across, 0.5 - down), 0.15, jitter)
+        picture = paint_background(self.background, jitter)
+        _, direction = RELATIONS[self.relation]
+        across, down = (PAIR_DISTANCE * step for step in direction)
+        for (colour, shape), side in ((self.first, 1), (self.second, -1)):
+            paint_object(picture, shape, colour, (0.5 + side * across, 0.5 + side * down), PAIR_RADIUS, jitter)
         return picture
+
+
+def with_article(colour: str, shape: str) -> str:
+    """Return an object in words."""
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
 
 
 def paint_background(name: str, jitter: Random) -> Image.Image:
@@ -196,12 +207,11 @@ class DemoSource:
 
     def __getitem__(self, index: int) -> Pair:
         scene = self.scenes[index % len(self.scenes)]
-        picture = scene.draw(Random(f"{self.name} {scene.caption} {index}"))
-        return Pair(picture, (scene.caption,), scene.label)
+        return Pair(scene.draw(Random(self.key(index))), scene.captions, scene.label)
 
     def key(self, index: int) -> str:
         """Return the identity of a drawing."""
-        return f"{self.scenes[index % len(self.scenes)].caption} #{index // len(self.scenes)}"
+        return f"{self.name} {index}"
 
     def held_out(self) -> Source:
         """Return one drawing of each combination that training never draws."""
@@ -213,19 +223,42 @@ def open_demo(argument: str, options: SourceConfig) -> Source:
     """Drawn scenes with captions: demo (one object) or demo:pairs (two in relation)."""
     match argument:
         case "":
-            scenes: list[Scene] = [
-                OneObject(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, PLACES, BACKGROUNDS)
-            ]
-            num_drawings = NUM_DRAWINGS
+            training, held_out = one_object_scenes()
+            return DemoSource("demo", training, NUM_DRAWINGS, held_out)
         case "pairs":
-            scenes = [
-                TwoObjects(*words)
-                for words in itertools.product(COLOURS, SHAPES, RELATIONS, COLOURS, SHAPES)
-                if words[:2] != words[3:]
-            ]
-            num_drawings = 1
+            training, held_out = two_object_scenes()
+            return DemoSource("demo:pairs", training, 1, held_out)
         case _:
-            raise DataError(f"data.train: 'demo:{argument}' is not a demo: write demo or demo:pairs")
-    scenes.sort(key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
-    name = f"demo:{argument}" if argument else "demo"
-    return DemoSource(name, scenes[NUM_HELD_OUT:], num_drawings, held_out=scenes[:NUM_HELD_OUT])
+            raise ConfigError(f"data.train: 'demo:{argument}' is no built-in demo: write demo or demo:pairs")
+
+
+def one_object_scenes() -> tuple[list[Scene], list[Scene]]:
+    """Return the scenes of training, and those held out."""
+    combinations = shuffled(itertools.product(SIZES, COLOURS, SHAPES, PLACES, BACKGROUNDS))
+    scenes: list[Scene] = [OneObject(*words) for words in combinations]
+    return scenes[NUM_HELD_OUT:], scenes[:NUM_HELD_OUT]
+
+
+def two_object_scenes() -> tuple[list[Scene], list[Scene]]:
+    """Return the scenes of training, and those held out: all arrangements of objects never drawn together in training.
+
+    Arrangements of the same two objects share a background: only which is where tells them apart.
+    """
+    couples = shuffled(itertools.combinations(itertools.product(COLOURS, SHAPES), 2))
+    num_held_out = NUM_HELD_OUT // len(arrangements(couples[0], "grey"))
+    held_out = zip(couples[:num_held_out], itertools.cycle(BACKGROUNDS))
+    training = itertools.product(couples[num_held_out:], BACKGROUNDS)
+    return [scene for each in training for scene in arrangements(*each)], [
+        scene for each in held_out for scene in arrangements(*each)
+    ]
+
+
+def arrangements(couple: tuple[tuple[str, str], ...], background: str) -> list[Scene]:
+    """Return the scenes of two objects: either may be the first, in every relation."""
+    orders = itertools.product(itertools.permutations(couple), RELATIONS)
+    return [TwoObjects(first, relation, second, background) for (first, second), relation in orders]
+
+
+def shuffled(combinations: Iterable[T]) -> list[T]:
+    """Return combinations in an order that is the same everywhere: by a hash of their words."""
+    return sorted(combinations, key=lambda words: hashlib.sha256(repr(words).encode()).digest())
