@@ -65,7 +65,7 @@ def test_mistakes_that_need_no_torch_are_told_in_one_line_within_seconds(
         (["--optim.lr_by_name", "{'visul.*': 1e-5}"], 2, ["optim.lr_by_name", "visul.*"]),
         (["--optim.warmup", "50", "--train.steps", "20"], 2, ["optim.warmup", "50", "20"]),
         (["--train.batch_size", "1000000"], 2, ["train.batch_size", "1000000"]),
-        (["--data.train", "broken.csv"], 2, ["caption_key", "broken.csv"]),
+        (["--data.train", "broken.csv"], 2, ["data.image_key", "broken.csv"]),
         (["--train.precision", "fp16"], 2, ["train.precision", "fp16"]),
     ],
 )
