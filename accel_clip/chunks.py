@@ -20,6 +20,11 @@ class Chunk:
     inputs: dict[str, Tensor]
     rows: Tensor
 
+    @property
+    def side(self) -> str:
+        """Return image or text; chunks of whole pairs count as image."""
+        return next(iter(self.inputs))
+
     def is_frozen(self, anatomy: Anatomy) -> bool:
         """Return whether nothing that this chunk passes through is trained."""
         return set(self.inputs) <= anatomy.frozen

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, namespace_to_dict, set_parsing_settings
 
 from accel_clip.config import Config
-from accel_clip.faults import ConfigError, nearest
+from accel_clip.faults import ConfigError, StorageError, nearest
 
 HELP = ("-h", "--help")
 
@@ -46,9 +46,12 @@ def load_config(file: Path | str) -> Config:
 
 
 def save_config(config: Config, file: Path) -> None:
-    """Write the resolved settings so that `load_config` gives them back."""
+    """Write the resolved settings so that `load_config` gives them back; raises `StorageError`."""
     text = yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    file.write_text(text, encoding="utf-8")
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{file}: {error}") from error
 
 
 def build_parser(program: str, description: str) -> ArgumentParser:

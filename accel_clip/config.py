@@ -62,6 +62,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train", self.train, "name at least one source")
+        require(not isinstance(self.train, str), "data.train", self.train, "it must be a list")
+        require(self.val is None or len(self.val) > 0, "data.val", self.val, "name at least one source, or null")
         require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "it must be in [0, 1)")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "it must be 0 or more")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "it must be at least 1")

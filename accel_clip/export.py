@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,27 +18,37 @@ from accel_clip.models.build import ClipModel, build_model
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+METRICS = "metrics.json"
 
 
 def export_model(folder: Path, model: ClipModel, weights: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
     """Write the folder; equal weights give equal bytes of `open_clip_model.safetensors`.
 
-    metrics: what the model card says of the model. Raises `StorageError` when the folder cannot be written.
+    metrics: what the model card says of the model. A folder that is there is replaced once the new one is whole. Raises
+    `StorageError` when it cannot be written.
     """
+    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(plain_tensors(weights), folder / WEIGHTS)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_file(plain_tensors(weights), new / WEIGHTS)
         config = {"model_cfg": model.model_config, "preprocess_cfg": model.preprocess_config}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
         if hasattr(model.tokenizer, "save_pretrained"):  # tokenizers from the hub; open_clip's own needs no files
-            model.tokenizer.save_pretrained(str(folder))
-        model_card(folder.parent.name, metrics).save(folder / "README.md")
-    except (OSError, RuntimeError) as error:
+            model.tokenizer.save_pretrained(str(new))
+        model_card(folder.parent.name, metrics).save(new / "README.md")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise StorageError(f"{folder}: the export could not be written: {error}") from error
 
 
 def export_run(run: Path, folder: Path | None) -> Path:
-    """Write a run's exported model again, by default in place, with the metrics of its last evaluation.
+    """Write a run's exported model again, by default in place, with the metrics that were measured of it.
 
     Raises `ConfigError` for a folder that holds no finished run.
     """
@@ -45,15 +57,9 @@ def export_run(run: Path, folder: Path | None) -> Path:
         raise ConfigError(f"{run} holds no exported model ({source / WEIGHTS} is missing): name the folder of a run")
     model = build_model(ModelConfig(name=f"local-dir:{source}"))
     target = folder or source
-    export_model(target, model, copy_of_weights(model), last_evaluation(run / "metrics.jsonl"))
+    metrics = json.loads((source / METRICS).read_text(encoding="utf-8"))
+    export_model(target, model, copy_of_weights(model), metrics)
     return target
-
-
-def last_evaluation(file: Path) -> dict[str, float]:
-    """Return the metrics of the last evaluation in a `metrics.jsonl`; nothing without one."""
-    points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    evaluations = [point for point in points if any(key.startswith(("val/", "zero_shot/")) for key in point)]
-    return {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
 
 
 def plain_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

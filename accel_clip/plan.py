@@ -29,7 +29,8 @@ from accel_clip.step import Plan, unchanged_statistics
 
 SHARE_OF_FREE_MEMORY = {"cpu": 0.5}  # other programs want theirs; on a device the run is alone
 SHARE_ON_A_DEVICE = 0.8
-PROBE_ROWS = 4  # on a CPU, where too large a trial would swap, a graph's size is computed from that of a few rows
+PROBE_ROWS = (2, 4)  # a graph's size is computed from these; on a CPU too large a trial would swap
+STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float32, which come after the trial
 GIB = 2**30
 
 
@@ -42,16 +43,16 @@ class Workplace:
     model: ClipModel
     anatomy: Anatomy
 
-    def inputs(self, rows: int) -> list[dict[str, Tensor]]:
-        """Return made-up inputs of one chunk of each side, or of one chunk of pairs, for `rows` rows."""
+    def inputs(self, rows: int) -> dict[str, dict[str, Tensor]]:
+        """Return made-up inputs of `rows` rows for each trained side, or for chunks of whole pairs."""
         device, size = self.accelerator.device, self.model.preprocess_config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         image = torch.zeros(rows, 3, height, width, dtype=torch.uint8, device=device)
         text = self.model.tokenizer(["a picture"]).to(device).expand(rows, -1).contiguous()
         if not self.anatomy.separate:
-            return [{"image": image, "text": text}]
+            return {"image": {"image": image, "text": text}}
         sides = {"image": image, "text": text}
-        return [{side: each} for side, each in sides.items() if side not in self.anatomy.frozen]
+        return {side: {side: each} for side, each in sides.items() if side not in self.anatomy.frozen}
 
 
 def choose_plan(place: Workplace, config: TrainConfig) -> Plan:
@@ -59,11 +60,12 @@ def choose_plan(place: Workplace, config: TrainConfig) -> Plan:
     whole = config.batch_size // place.accelerator.num_processes
     asked = config.micro_batch_size
     rows = largest_that_fits(place, min(asked or whole, whole), may_shrink=asked is None)
-    rows = -agreed_maximum(place.accelerator, -rows)
-    num_kept = graphs_within(place, config, rows, whole)
-    plan = Plan(rows, -agreed_maximum(place.accelerator, -num_kept))
+    rows = agreed_minimum(place.accelerator, rows)
+    kept = graphs_within(place, config, rows, whole)
+    plan = Plan(rows, {side: agreed_minimum(place.accelerator, number) for side, number in kept.items()})
     if rows < whole:
-        say(f"micro-batches of {rows} rows, {plan.num_kept} graphs kept between the two passes")
+        shown = ", ".join(f"{number} of {side}s" for side, number in plan.kept.items())
+        say(f"micro-batches of {rows} rows; graphs kept between the two passes: {shown or 'none'}")
         warn_of_batch_norm(place.wrapped)
     return plan
 
@@ -80,39 +82,47 @@ def largest_that_fits(place: Workplace, rows: int, may_shrink: bool) -> int:
 
 
 def fits(place: Workplace, rows: int) -> bool:
-    """Return whether one chunk of each side fits: tried on a device, computed from a few rows on a CPU."""
+    """Return whether the graphs of one chunk of each side fit together: tried on a device, computed on a CPU."""
     device = place.accelerator.device
     if device.type == "cpu":
-        return max(graph_bytes(place, rows)) <= SHARE_OF_FREE_MEMORY["cpu"] * free_bytes(device)
+        return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
     try:
-        for inputs in place.inputs(rows):
+        for inputs in place.inputs(rows).values():
             try_chunk(place, inputs)
     except torch.OutOfMemoryError:
         return False
     finally:
         torch.get_device_module(device).empty_cache()
-    return True
+    return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
 
 
-def graphs_within(place: Workplace, config: TrainConfig, rows: int, whole: int) -> int:
-    """Return how many of the last chunks of a batch of `whole` pairs keep their graph; captions come last."""
-    device = place.accelerator.device
-    share = SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE)
-    budget = share * free_bytes(device) if config.activation_gib is None else config.activation_gib * GIB
+def graphs_within(place: Workplace, config: TrainConfig, rows: int, whole: int) -> dict[str, int]:
+    """Return how many chunks of each trained side of a batch of `whole` pairs keep their graph; captions go first.
+
+    The budget is what remains beside the one chunk of each side that is recomputed.
+    """
+    sizes = graph_bytes(place, rows)
     num_chunks = -(-whole // rows)
-    num_kept = 0
-    for size in reversed(graph_bytes(place, rows)):
-        fitting = num_chunks if size == 0 else min(num_chunks, int(budget // size))
-        num_kept, budget = num_kept + fitting, budget - fitting * size
-        if fitting < num_chunks:
-            break
-    return num_kept
+    budget = free_for_graphs(place) if config.activation_gib is None else config.activation_gib * GIB
+    if config.activation_gib is None and sum(sizes.values()) * num_chunks > budget:
+        budget -= sum(sizes.values())
+    kept = {}
+    for side, size in reversed(sizes.items()):
+        kept[side] = num_chunks if size == 0 else max(0, min(num_chunks, int(budget // size)))
+        budget -= kept[side] * size
+    return kept
 
 
-def graph_bytes(place: Workplace, rows: int) -> list[int]:
-    """Return the bytes that the graph of one chunk of each side holds, in the order of the sides."""
-    tried = min(rows, PROBE_ROWS)
-    return [try_chunk(place, inputs) * rows // tried for inputs in place.inputs(tried)]
+def graph_bytes(place: Workplace, rows: int) -> dict[str, int]:
+    """Return the bytes that the graph of one chunk of each trained side holds.
+
+    A line through two small trials: copies of weights in half precision are in every graph, whatever its rows.
+    """
+    few, more = (
+        {side: try_chunk(place, inputs) for side, inputs in place.inputs(number).items()} for number in PROBE_ROWS
+    )
+    per_row = {side: (more[side] - few[side]) / (PROBE_ROWS[1] - PROBE_ROWS[0]) for side in few}
+    return {side: round(few[side] + per_row[side] * (rows - PROBE_ROWS[0])) for side in few}
 
 
 def try_chunk(place: Workplace, inputs: dict[str, Tensor]) -> int:
@@ -128,15 +138,24 @@ def try_chunk(place: Workplace, inputs: dict[str, Tensor]) -> int:
 
     before = RandomState(place.accelerator.device)
     place.wrapped.train()
-    with unchanged_statistics(place.wrapped), place.accelerator.no_sync(place.wrapped):
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs: dict[str, Any] = place.wrapped(**inputs)
-            total = torch.stack([each.float().sum() for each in outputs.values() if each.is_floating_point()]).sum()
-        total.backward()
-    for parameter in place.wrapped.parameters():
-        parameter.grad = None
-    before.restore()
+    try:
+        with unchanged_statistics(place.wrapped), place.accelerator.no_sync(place.wrapped):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                outputs: dict[str, Any] = place.wrapped(**inputs)
+                total = torch.stack([each.float().sum() for each in outputs.values() if each.is_floating_point()]).sum()
+            total.backward()
+    finally:
+        for parameter in place.wrapped.parameters():
+            parameter.grad = None
+        before.restore()
     return sum(held.values())
+
+
+def free_for_graphs(place: Workplace) -> float:
+    """Return the bytes of memory that graphs may take: a share of what gradients and optimizer state will leave."""
+    device = place.accelerator.device
+    trained = sum(each.numel() for each in place.wrapped.parameters() if each.requires_grad)
+    return SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE) * (free_bytes(device) - STATE_BYTES * trained)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -146,9 +165,9 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // num_local_processes()
 
 
-def agreed_maximum(accelerator: Accelerator, value: int) -> int:
-    """Return the largest value of all processes."""
-    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+def agreed_minimum(accelerator: Accelerator, value: int) -> int:
+    """Return the smallest value of all processes."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).min())
 
 
 def warn_of_batch_norm(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ def check_launch(environment: dict[str, str]) -> None:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the `Accelerator` of this process; processes without a GPU are told to meet on the CPU.
+    """Return the `Accelerator` of this process; several processes without a GPU for each are told to meet on the CPU.
 
     Raises `ConfigError` when the launcher's processes did not find each other, or for a precision this machine lacks.
     """
@@ -39,7 +39,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     forget_previous_accelerator()
     try:
         accelerator = Accelerator(
-            cpu=world_size > 1 and not torch.accelerator.is_available(),
+            cpu=world_size > 1 and torch.accelerator.device_count() < num_local_processes(),
             mixed_precision=choose_precision(config.precision, dict(os.environ)),
             gradient_accumulation_steps=config.accumulate,
         )

@@ -50,6 +50,14 @@ class RunFolder:
         status = {"state": state, "step": step, "exit_code": exit_code, "error": error, "resume_command": command}
         write_json(self.status, status)
 
+    def write_failure(self, step: int, exit_code: int, error: str) -> None:
+        """Say in `STATUS.json` why a run failed, unless another process has said it or the disk is full."""
+        try:
+            if json.loads(self.status.read_text(encoding="utf-8"))["state"] != "failed":
+                self.write_status("failed", step, exit_code, error)
+        except (OSError, ValueError, StorageError):
+            return
+
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one go, so that a reader never sees half of it; raises `StorageError`."""

@@ -1,7 +1,7 @@
 """One exact contrastive step: the gradient of the global batch's loss, however the batch is cut.
 
 1. Cut this process's pairs into chunks of pictures and chunks of captions (`chunks.py`).
-2. First pass: the features of every chunk. The last `plan.num_kept` chunks keep their graph; the others run without
+2. First pass: the features of every chunk. The last chunks keep their graph, as the plan says; the others run without
    gradient and remember the state of the random number generators. Frozen towers only ever need this.
 3. The loss of the whole batch and its gradient by this process's features, once (`losses/gradient.py`).
 4. Second pass: kept graphs are back-propagated, the newest first; the other chunks run again with their randomness
@@ -41,10 +41,14 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a process's part of a batch is cut: rows per chunk, and how many of the last chunks keep their graph."""
+    """How a process's part of a batch is cut: rows per chunk, and how many of a side's last chunks keep their graph.
+
+    kept: by the side that is trained, image or text; by image for chunks of whole pairs. Equal captions make the number
+    of chunks differ between processes; that a side keeps a graph, or none, does not.
+    """
 
     micro_batch_size: int
-    num_kept: int
+    kept: dict[str, int]
 
 
 class ContrastiveStep:
@@ -120,7 +124,7 @@ class FirstPass:
         self.rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.scalars: Outputs = {}
         trained = set(step.trained(cut.chunks))
-        keeping = {number for number in trained if number >= len(cut.chunks) - step.plan.num_kept}
+        keeping = chunks_to_keep(cut.chunks, sorted(trained), step.plan)
         for number, chunk in enumerate(cut.chunks):
             if number in keeping:
                 outputs = self.kept[number] = step.forward(chunk)
@@ -157,9 +161,15 @@ class FirstPass:
             return self.step.forward(self.cut.chunks[number])
 
 
+def chunks_to_keep(chunks: list[Chunk], trained: list[int], plan: Plan) -> set[int]:
+    """Return the numbers of the chunks whose graph is kept: the last ones of each side."""
+    by_side = {side: [number for number in trained if side == chunks[number].side] for side in plan.kept}
+    return {number for side, numbers in by_side.items() for number in numbers[max(0, len(numbers) - plan.kept[side]) :]}
+
+
 def last_of_each_side(order: list[int], chunks: list[Chunk]) -> list[int]:
     """Return the last number of each side in an order of chunks."""
-    last = {tuple(chunks[number].inputs): number for number in order}
+    last = {chunks[number].side: number for number in order}
     return list(last.values())
 
 

@@ -25,13 +25,15 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(f"track.to: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS)} Known: {known}")
+            raise ConfigError(
+                f"track.to: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS) or ';'} known: {known}"
+            )
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"track.to: '{name}' is not installed: pip install {PACKAGES[name]}")
 
 
 class Tracking:
-    """The trackers of a run; `log` and `log_pictures` write on the main process only."""
+    """The trackers of a run; `log` and `log_picture` write on the main process only."""
 
     def __init__(self, accelerator: Accelerator, config: Config, folder: RunFolder) -> None:
         self.accelerator, self.folder = accelerator, folder

@@ -35,6 +35,7 @@ from accel_clip.models.training_model import (
     clamp_logit_scale,
     keep_buffers_local,
     no_decay_names,
+    share_running_statistics,
 )
 from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
 from accel_clip.optim.schedules import build_schedule
@@ -88,6 +89,7 @@ class Trainer:
         self.build_model()
         self.build_optimizer()
         self.build_evaluator()
+        self.build_step()
         self.meters, self.rate, self.progress = MeterGroup(), RateMeter("pairs/s"), Progress()
         self.step, self.stop_asked = 0, False
         self.metrics: dict[str, float] = {}
@@ -137,9 +139,17 @@ class Trainer:
             num_workers=self.num_workers,
         )
         stop = config.stop
+        if stop.metric is not None and not stop.metric.startswith("loss/"):
+            check_metric(stop.metric, {*TRAINING_METRICS, *self.evaluator.metric_names()})
         self.stopping = (
             None if stop.metric is None else EarlyStopping(stop.metric, stop.mode, stop.patience, stop.min_delta)
         )
+
+    def build_step(self) -> None:
+        """Plan how a batch is cut on this machine."""
+        place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
+        plan = choose_plan(place, self.config.train)
+        self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
 
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
@@ -147,8 +157,7 @@ class Trainer:
         try:
             self.start()
             self.evaluate()
-            if self.config.stop.metric is not None:
-                check_metric(self.config.stop.metric, {*TRAINING_METRICS, *self.metrics})
+            self.rate.reset()
             for batches in self.batches():
                 self.train_step(batches)
                 self.log()
@@ -169,11 +178,8 @@ class Trainer:
             self.folder.write_status("running", self.step)
 
     def start(self) -> None:
-        """Plan the step and open everything that measures the run."""
+        """Open everything that measures the run."""
         describe_processes(self.accelerator)
-        place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
-        plan = choose_plan(place, self.config.train)
-        self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
         self.tracking = Tracking(self.accelerator, self.config, self.folder)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)
         self.progress.open(self.num_steps)
@@ -230,17 +236,27 @@ class Trainer:
         }
         self.rate.reset()
         self.progress.show(point)
-        if not (math.isfinite(point["loss"]) and math.isfinite(point["grad_norm"])):
+        self.require_finite(point)
+        self.record(point)
+
+    def require_finite(self, point: dict[str, float]) -> None:
+        """Raise `NonFiniteError` for a loss or gradient that is not a number.
+
+        In fp16 a gradient that overflows is met by lowering its scale; it is lost only when the scale has no room left.
+        """
+        scaler = self.accelerator.scaler
+        gradient_is_lost = not math.isfinite(point["grad_norm"]) if scaler is None else scaler.get_scale() < 1
+        if gradient_is_lost or not math.isfinite(point["loss"]):
             raise NonFiniteError(
                 f"step {self.step}: loss {point['loss']}, gradient norm {point['grad_norm']}: lower optim.lr, "
                 "lengthen optim.warmup, or set train.precision to bf16 or no"
             )
-        self.record(point)
 
     def evaluate(self) -> None:
         """Evaluate when it is due: at step 0, every `eval.every` steps or once an epoch, and at the end."""
         if not self.evaluation_is_due():
             return
+        share_running_statistics(self.model.clip)
         with self.rate.paused():
             self.metrics = self.evaluator.run()
             self.progress.report(self.step, self.metrics)
@@ -254,7 +270,7 @@ class Trainer:
             verdict = self.stopping.update(point, self.step)
             self.stop_asked |= verdict.should_stop
             if verdict.is_best:
-                self.best = Candidate(copy_of_weights(self.model), {**self.metrics})
+                self.best = Candidate(copy_of_weights(self.model), point)
 
     def finish(self) -> TrainResult:
         """Export the best or the last weights and close what is open."""
@@ -272,8 +288,9 @@ class Trainer:
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""
         self.progress.close()
-        if self.accelerator.is_main_process:
-            self.folder.write_status("failed", self.step, exit_code_of(error), describe_error(error))
+        known_to_all = getattr(error, "on_every_process", True)
+        if self.accelerator.is_main_process or not known_to_all:
+            self.folder.write_failure(self.step, exit_code_of(error), describe_error(error))
 
     @property
     def samples_per_step(self) -> int:

@@ -35,9 +35,10 @@ MIB = 2**20
 def main() -> None:
     """Measure time, then memory; with --peak-of only one peak, for the process that asked."""
     parser = argparse.ArgumentParser(description="The loss alone, ours divided by open_clip's")
+    parser.add_argument("--what", nargs="+", choices=["time", "memory"], default=["time", "memory"])
     parser.add_argument("--batch-size", type=int, default=8192, help="pairs where time is measured")
     parser.add_argument("--pairs", type=int, default=5, help="times that each side is measured")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="with 1, processor time is measured")
     parser.add_argument("--peak-of", nargs=2, metavar=("LOSS", "SIDE"), help="print one peak in bytes and end")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -46,11 +47,11 @@ def main() -> None:
         print(peak_bytes(name, LOSSES[name][int(side)], given.batch_size))
         return
     print(describe_machine(), flush=True)
-    for name, (ours, theirs) in LOSSES.items():
+    for name, (ours, theirs) in LOSSES.items() if "time" in given.what else ():
         inputs = make_inputs(name, given.batch_size)
         timing = interleaved(partial(run, ours, inputs), partial(run, theirs, inputs), given.pairs)
         print(f"{name}, {given.batch_size} pairs, width {WIDTH}: {timing}", flush=True)
-    for name in LOSSES:
+    for name in LOSSES if "memory" in given.what else ():
         report_memory(name, given.threads)
 
 

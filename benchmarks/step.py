@@ -25,13 +25,16 @@ def main() -> None:
     parser.add_argument("scenario", choices=[*SCENARIOS, "all"])
     parser.add_argument("--captions", type=Path, help="CSV file with a column caption or title; made up without it")
     parser.add_argument("--pairs", type=int, default=5, help="times that each side is measured")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="with 1, processor time is measured")
+    parser.add_argument("--largest-batch", type=int, default=2048, help="scenarios with more pairs are left out")
+    parser.add_argument("--smallest-batch", type=int, default=0, help="scenarios with fewer pairs are left out")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(describe_machine(), flush=True)
     for name in SCENARIOS if given.scenario == "all" else [given.scenario]:
         for scenario in SCENARIOS[name]:
-            measure(scenario, given.captions, given.pairs)
+            if given.smallest_batch <= scenario.batch_size <= given.largest_batch:
+                measure(scenario, given.captions, given.pairs)
 
 
 def measure(scenario: Scenario, captions: Path | None, num_pairs: int) -> None:

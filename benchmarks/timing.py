@@ -37,14 +37,19 @@ class Timing:
 
 
 def interleaved(ours: Callable[[], object], theirs: Callable[[], object], num_pairs: int) -> Timing:
-    """Time both in the order A B, B A, A B, …, so that what drifts on the machine meets both alike."""
+    """Time both in the order A B, B A, A B, …, so that what drifts on the machine meets both alike.
+
+    With one thread the clock is the processor time of this process, which other programs hardly touch; else it is the
+    time that passes.
+    """
     timing = Timing([], [])
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(num_pairs):
         order = [(ours, timing.ours), (theirs, timing.theirs)]
         for run, seconds in order if number % 2 == 0 else reversed(order):
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return timing
 
 
@@ -52,7 +57,7 @@ def describe_machine() -> str:
     """Return versions, processor, threads and the load before the measurement, on one line."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     load = os.getloadavg()[0]
-    return f"{versions}; {processor()}, {torch.get_num_threads()} threads, float32; load before {load:.2f}"
+    return f"{versions}; {processor()}, {torch.get_num_threads()} thread(s), float32; load before {load:.2f}"
 
 
 def processor() -> str:

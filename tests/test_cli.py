@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, accel_clip, small_model, train_py
+from PIL import Image
 
 from accel_clip import cli
 
@@ -108,9 +109,13 @@ def test_a_run_writes_its_folder_and_open_clip_loads_the_export(tmp_path: Path) 
 
     again = train_py(*small_run(tmp_path), folder=tmp_path)
     assert again.code == 2 and "output_dir" in again.err and "run" in again.err
-    measured = accel_clip(
-        "eval", "--model.name", "local-dir:run/export", "--data.val", "demo", "--json", folder=tmp_path
-    )
+    (tmp_path / "red").mkdir()
+    (tmp_path / "blue").mkdir()
+    for number, colour in enumerate(("red", "blue", "red")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / colour / f"{number}.png")
+    (tmp_path / "test.csv").write_text("image,caption\nred/0.png,red\nblue/1.png,blue\nred/2.png,also red\n")
+    words = ("--model.name", "local-dir:run/export", "--data.val", "test.csv", "--json")
+    measured = accel_clip("eval", *words, folder=tmp_path)
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["val/loss"] > 0
 

@@ -21,9 +21,16 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.plan import Workplace, choose_plan, graph_bytes
-from accel_clip.step import ContrastiveStep, Plan
+from accel_clip.step import ContrastiveStep
+from accel_clip.step import Plan as SidedPlan
 
 NUM_PAIRS = 13
+
+
+def Plan(rows: int, num_kept: int) -> SidedPlan:
+    return SidedPlan(rows, {"image": max(0, num_kept - 2), "text": num_kept})
+
+
 CAPTIONS = ["a frog", "a very long caption of a red bird " * 3, "two cats", "a frog", "one white peahen on wet grass"]
 
 
@@ -191,7 +198,8 @@ def test_equal_captions_are_one_item_and_chunks_are_trimmed(tmp_path: Path) -> N
     assert lengths == sorted(lengths) and lengths[0] < 10 and max(lengths) <= 32
     rows = torch.arange(float(len(torch.unique(batch.tokens, dim=0)))).view(-1, 1)
     pairs = cut.to_pairs("text_features", rows)
-    assert torch.equal(pairs[0], pairs[0]) and len(pairs) == NUM_PAIRS
+    same = (batch.tokens[:, None] == batch.tokens).all(-1)
+    assert torch.equal(pairs == pairs.T, same) and same.sum() > NUM_PAIRS
     assert cut.to_items("text_features", torch.ones(NUM_PAIRS, 1)).sum() == NUM_PAIRS
 
 
@@ -199,18 +207,20 @@ def test_accumulation_and_clipping_see_one_gradient_a_batch(tmp_path: Path) -> N
     """Inside `accumulate` two batches give the mean of their gradients."""
     model = make_model(tmp_path)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model, 12)
-    once = gradients(model, loss, batch, Plan(5, 1))
+    other = make_batch(model, 10)
+    parts = [gradients(model, loss, each, Plan(5, 1)) for each in (batch, other)]
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     accelerator.gradient_state.plugin_kwargs.update(num_steps=2)
     anatomy = examine(model.clip, model.tokenizer)
     step = ContrastiveStep(accelerator, TrainingModel(model).train(), loss, anatomy, Plan(5, 1))
     model.clip.zero_grad()
-    for _ in range(2):
+    for each in (batch, other):
         with accelerator.accumulate(step.model):
-            step(batch)
+            step(each)
     given = {name: each.grad for name, each in model.clip.named_parameters()}
     accelerator.gradient_state.plugin_kwargs.update(num_steps=1)
-    assert_equal_gradients(given, once, 1e-5)
+    assert_equal_gradients(given, mean, 1e-5)
 
 
 def workplace(model: ClipModel) -> tuple[Workplace, Anatomy]:
@@ -221,23 +231,24 @@ def workplace(model: ClipModel) -> tuple[Workplace, Anatomy]:
 def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     place, _ = workplace(model)
-    image, text = graph_bytes(place, 4)
+    image, text = graph_bytes(place, 4).values()
 
-    def kept(activation_bytes: float) -> Plan:
+    def kept(activation_bytes: float) -> SidedPlan:
         config = TrainConfig(batch_size=16, micro_batch_size=4, activation_gib=activation_bytes / 2**30)
         return choose_plan(place, config)
 
-    assert kept(0) == Plan(4, 0)
-    assert kept(2.5 * text) == Plan(4, 2)
-    assert kept(4 * text + 1.5 * image) == Plan(4, 5)
-    assert kept(1e12) == Plan(4, 8)
-    assert choose_plan(place, TrainConfig(batch_size=16)) == Plan(16, 2)
+    assert kept(0) == SidedPlan(4, {"text": 0, "image": 0})
+    assert kept(2.5 * text).kept["text"] == 2
+    assert kept(4 * text + 1.5 * image) == SidedPlan(4, {"text": 4, "image": 1})
+    assert kept(1e12) == SidedPlan(4, {"text": 4, "image": 4})
+    assert choose_plan(place, TrainConfig(batch_size=16)) == SidedPlan(16, {"text": 1, "image": 1})
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, _ = workplace(make_model(tmp_path))
-    largest = max(graph_bytes(place, 16))
-    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: int(largest * 2 / 3))
+    both = sum(graph_bytes(place, 16).values())
+    monkeypatch.setattr("accel_clip.plan.STATE_BYTES", 0)
+    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: int(both * 2 / 3))
     assert choose_plan(place, TrainConfig(batch_size=16)).micro_batch_size == 4
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 16 rows do not fit"):
         choose_plan(place, TrainConfig(batch_size=16, micro_batch_size=16))
@@ -255,3 +266,17 @@ def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.clip.parameters())
     assert all(torch.equal(value, weights[key]) for key, value in model.clip.state_dict().items())
+
+
+@pytest.mark.parametrize("patterns", [["image"], ["text"], ["image", "text"]])
+def test_a_plan_counts_what_is_trained(tmp_path: Path, patterns: list[str]) -> None:
+    model = make_model(tmp_path)
+    freeze(model.clip, patterns)
+    place, anatomy = workplace(model)
+    plan = choose_plan(place, TrainConfig(batch_size=13, micro_batch_size=4))
+    assert plan.kept == {side: 4 for side in ("text", "image") if side not in patterns}
+    runs = []
+    model.clip.visual.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    ContrastiveStep(place.accelerator, place.wrapped.train(), loss, anatomy, plan)(batch)
+    assert len(runs) == 4  # nothing that fits runs twice

@@ -174,6 +174,7 @@ def test_a_metric_stops_the_run_and_the_best_weights_are_exported(table: Path) -
 def test_a_metric_that_is_not_logged_is_refused(table: Path) -> None:
     with pytest.raises(ConfigError, match=r"stop\.metric: 'val/los' .* did you mean 'val/loss'"):
         train(config_for(table, stop=StopConfig(metric="val/los")))
+    assert not (table.parent / "run").exists()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(table: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from accel_clip.faults import DataError
+from accel_clip.faults import DataError, StorageError
 
 SAMPLES_BEFORE_FIRST_LOOK = 1000
 REASONS = ("unreadable", "too_large", "missing_file", "outside_root", "no_caption", "caption_encoding")
@@ -79,8 +79,11 @@ class BadSampleLog:
         self.counts.update(bad.reason for bad in new)
         self.listed.update((bad.source, bad.sample) for bad in new)
         if new and accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in new)
+            try:
+                with self.file.open("a", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in new)
+            except OSError as error:
+                raise StorageError(f"{self.file}: {error}") from error
 
     def check(self, epoch_ended: bool) -> None:
         """Raise `DataError` when too large a share of the samples seen is unusable."""

@@ -38,6 +38,7 @@ def build_evaluator(config: Config, held_out: Source | None) -> Evaluator:
     accelerator = build_accelerator(config.train)
     model = build_model(config.model, needs_logit_bias=loss.requires_bias())
     model.clip.to(accelerator.device)
+    loss.to(accelerator.device)
     labelled = config.eval.zero_shot
     return Evaluator(
         accelerator,

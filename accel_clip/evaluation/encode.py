@@ -27,7 +27,7 @@ from accel_clip.data.loader import ignore_interrupt
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
-from accel_clip.models.towers import evaluation_mode
+from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
 
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
 
@@ -81,13 +81,14 @@ def encode(
     width = model.model_config["embed_dim"]
     features = torch.empty(num_items, width)
     chunks = iter(own_chunks)
+    encoders = {"image": encode_image, "text": encode_text}
     with evaluation_mode(model.clip), torch.no_grad(), accelerator.autocast():
         for start in range(0, num_items, batch_size * accelerator.num_processes):
             chunk = next(chunks, None)  # None: in the last round some processes have nothing to encode
             raise_together(accelerator, chunk if isinstance(chunk, str) else None)
             rows = torch.zeros(batch_size, width, device=accelerator.device)
             if isinstance(chunk, Tensor):
-                rows[: len(chunk)] = model.clip(**{side: chunk})[f"{side}_features"]
+                rows[: len(chunk)] = encoders[side](model.clip, chunk)
             gathered = accelerator.gather(rows)
             features[start : start + len(gathered)] = gathered[: num_items - start].cpu()
     return features

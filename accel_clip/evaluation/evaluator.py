@@ -12,7 +12,7 @@ from accel_clip.data.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.evaluation.encode import encode_captions, encode_pictures
 from accel_clip.evaluation.examples import GridRow, retrieval_grid
-from accel_clip.evaluation.retrieval import Nearest, nearest_examples, retrieval_metrics
+from accel_clip.evaluation.retrieval import Nearest, names_of_retrieval, nearest_examples, retrieval_metrics
 from accel_clip.evaluation.validation import HeldOutPairs, read_held_out, validation_loss
 from accel_clip.evaluation.zero_shot import LabelledPictures, accuracy, class_features, read_labelled
 from accel_clip.losses.base import Loss
@@ -49,6 +49,11 @@ class Evaluator:
         self.held_out = None if held_out is None else read_held_out(held_out)
         self.labelled = None if zero_shot is None else read_labelled(zero_shot)
         self.examples: list[Nearest] = []
+
+    def metric_names(self) -> set[str]:
+        """Return the names of what `run` will return."""
+        names = set() if self.held_out is None else {"val/loss", *names_of_retrieval()}
+        return names if self.labelled is None else names | {"zero_shot/top1", "zero_shot/top5"}
 
     def run(self) -> dict[str, float]:
         """Return all metrics of the model as it is now; leaves its training mode and the random state as they were.

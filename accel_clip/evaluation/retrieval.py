@@ -38,6 +38,12 @@ def retrieval_metrics(
     return summary("val/image_to_text", to_text) | summary("val/text_to_image", to_image)
 
 
+def names_of_retrieval() -> set[str]:
+    """Return the names of all metrics in both directions."""
+    one = torch.ones(1, dtype=torch.int64)
+    return {*summary("val/image_to_text", one), *summary("val/text_to_image", one)}
+
+
 def summary(name: str, ranks: Tensor) -> dict[str, float]:
     """Return the metrics of one direction."""
     recall = {f"{name}_R@{k}": recall_at(k, ranks) for k in RECALL_AT}

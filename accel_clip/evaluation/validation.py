@@ -106,10 +106,9 @@ def validation_loss(
         for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
             images = image_features[pairs.image_of_row[batches[number]]].to(accelerator.device)
             texts = text_features[pairs.text_of_row[batches[number]]].to(accelerator.device)
-            identity = {
-                "caption_hash": pairs.text_of_row[batches[number]],
-                "picture_hash": pairs.image_of_row[batches[number]],
-            }
+            rows = batches[number]
+            identity = {"caption_hash": pairs.text_of_row[rows], "picture_hash": pairs.image_of_row[rows]}
+            identity = {name: each.to(accelerator.device) for name, each in identity.items()}
             losses[number] = total(loss({"image_features": images, "text_features": texts, **identity, **scalars}))
     return accelerator.reduce(losses, "sum").cpu().double().mean().item()
 

@@ -16,7 +16,10 @@ from accel_clip.faults import ConfigError
 from accel_clip.registry import Registry, check_options
 
 LOSSES = Registry("loss", setting="loss.name")
-OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias", "logits", "labels", "output_dict")
+OUTPUTS = (
+    *("image_features", "text_features", "logit_scale", "logit_bias", "logits", "labels"),
+    *("caption_hash", "picture_hash", "output_dict"),
+)
 """What the step passes to a loss, which therefore is no option of it."""
 
 

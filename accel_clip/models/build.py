@@ -71,8 +71,8 @@ def registered_name(name: str) -> str:
     elif not name.startswith("hf-hub:") and name.replace("/", "-") not in open_clip.list_models():
         known = ["tiny", *open_clip.list_models()]
         raise ConfigError(
-            f"model.name: unknown model '{name}'{nearest(name, known) or ''} "
-            "Known: tiny, the names of 'accel-clip list models', a .json file, hf-hub:org/name, local-dir:folder"
+            f"model.name: unknown model '{name}'{nearest(name, known) or ';'} "
+            "known: tiny, the names of 'accel-clip list models', a .json file, hf-hub:org/name, local-dir:folder"
         )
     return name
 
@@ -156,8 +156,8 @@ def create(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
     if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
         known = ", ".join(tags) or "none for this model"
         raise ConfigError(
-            f"model.pretrained: '{pretrained}' is neither a file nor a tag of '{name}'{nearest(pretrained, tags)} "
-            f"Tags: {known}"
+            f"model.pretrained: '{pretrained}' is no file and no tag of '{name}'{nearest(pretrained, tags) or ';'} "
+            f"tags: {known}"
         )
     logging.getLogger().addFilter(_is_not_random_notice)
     try:

@@ -40,7 +40,8 @@ def freeze_unused(model: ClipModel, loss: Loss) -> None:
     clip.eval()
     with seeded(0), torch.enable_grad():
         outputs = clip(image=blank_pictures(model), text=model.tokenizer(["one", "two"]))
-        terms = loss({key: value for key, value in outputs.items() if value is not None})
+        columns = {"caption_hash": torch.arange(2), "picture_hash": torch.arange(2)}
+        terms = loss({**columns, **{key: value for key, value in outputs.items() if value is not None}})
         gradients = torch.autograd.grad(total(terms), list(trainable.values()), allow_unused=True)
     clip.train(was_training)
     unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]

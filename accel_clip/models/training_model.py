@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,11 +73,18 @@ def clamp_logit_scale(clip: Any, largest: float) -> None:
 
 
 def keep_buffers_local(model: TrainingModel) -> TrainingModel:
-    """Keep DDP from sending buffers before every forward where they are constants: all but batch norm's statistics."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        names = [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    """Keep DDP from sending buffers before its forwards: most are constants, and processes may differ in forwards."""
+    names = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return model
+
+
+def share_running_statistics(clip: Any) -> None:
+    """Give every process the first one's statistics of batch norm, which are those that are evaluated and exported."""
+    for module in clip.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in module.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
 
 
 def no_decay_names(clip: Any) -> set[str]:
