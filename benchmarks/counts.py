@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,11 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Counts of one step, ours and open_clip_train's")
     parser.add_argument("--captions", type=Path, help="CSV file with a column caption or title; made up without it")
     parser.add_argument("--largest-batch", type=int, default=512, help="scenarios with more pairs are left out")
+    parser.add_argument("--losses", nargs="*", default=["clip", "siglip"], help="whose collectives are counted")
     given = parser.parse_args()
     for scenario in (each for group in SCENARIOS.values() for each in group):
         if scenario.batch_size <= given.largest_batch:
             print_work(scenario, given.captions)
-    for loss in ("clip", "siglip"):
+    for loss in given.losses:
         settings = (2, loss, free_port(), given.captions)
         torch.multiprocessing.spawn(print_collectives, settings, nprocs=2)
 
@@ -111,7 +112,7 @@ def collectives_of(step: Callable[[], float], model: nn.Module) -> dict[str, flo
     counts: Counter[str] = Counter()
     reduced = 0
 
-    def count_bucket(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def count_bucket(state, bucket):  # DDP refuses annotations that are text, as they are in this file
         nonlocal reduced
         reduced += bucket.buffer().numel()
         before = counts.copy()

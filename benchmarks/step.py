@@ -46,11 +46,10 @@ def measure(scenario: Scenario, captions: Path | None, num_pairs: int) -> None:
     assert math.isclose(*losses, rel_tol=1e-4), f"the sides do not train the same: losses {losses}"
     timing = interleaved(ours.on(batch), theirs.on(batch), num_pairs)
     tokens = caption_lengths(batch.tokens).float().mean().item()
-    plan = ours.contrastive_step.plan
     print(f"{scenario.label}: {timing}")
     print(
-        f"    batch {len(batch)}, micro-batch {plan.micro_batch_size}, {plan.num_kept} graphs kept, "
-        f"{tokens:.1f} tokens a caption; a pair takes {1000 * median(timing.ours) / len(batch):.2f} ms, "
+        f"    batch {len(batch)}, micro-batch {scenario.micro_batch_size}, {tokens:.1f} tokens a caption; "
+        f"a pair takes {1000 * median(timing.ours) / len(batch):.2f} ms, "
         f"open_clip {1000 * median(timing.theirs) / len(batch):.2f} ms",
         flush=True,
     )

@@ -67,7 +67,6 @@ def test_mistakes_that_need_no_torch_are_told_in_one_line_within_seconds(
         (["--optim.warmup", "50", "--train.steps", "20"], 2, ["optim.warmup", "50", "20"]),
         (["--train.batch_size", "1000000"], 2, ["train.batch_size", "1000000"]),
         (["--data.train", "broken.csv"], 2, ["data.image_key", "broken.csv"]),
-        (["--train.precision", "fp16"], 2, ["train.precision", "fp16"]),
     ],
 )
 def test_mistakes_in_names_are_told_in_one_line_and_leave_no_folder(
