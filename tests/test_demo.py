@@ -13,7 +13,8 @@ import numpy
 import pytest
 from commands import ROOT
 
-from accel_clip.config import ModelConfig, SourceConfig
+from accel_clip.config import DataConfig, ModelConfig, SourceConfig
+from accel_clip.data.pairs import open_pairs
 from accel_clip.data.sources.demo import DemoSource, open_demo
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
@@ -207,3 +208,11 @@ def test_captions_fit_the_tiny_model(argument: str) -> None:
 def test_an_unknown_demo_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"demo:triples.*demo:pairs"):
         open_demo("triples", SourceConfig("demo:triples"))
+
+
+@pytest.mark.parametrize("name", ["demo", "demo:pairs"])
+def test_as_validation_data_the_demo_is_its_held_out_part(name: str) -> None:
+    training, held_out = open_pairs(DataConfig(train=[name], val=[name]))
+    assert held_out is not None and len(held_out) == 256
+    drawn = {training[index].captions for index in range(0, len(training), 7)}
+    assert not drawn & {held_out[index].captions for index in range(256)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from accel_clip.check import check_sources
 from accel_clip.config import Config
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_held_out, open_pairs
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.resolve import open_labelled, open_sources
+from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.losses.base import build_loss
 from accel_clip.models.build import build_model
@@ -16,7 +16,7 @@ from accel_clip.processes import build_accelerator, choose_workers
 def evaluate(config: Config) -> dict[str, float]:
     """Return the metrics of the model that the settings name on `data.val` and `eval.zero_shot`."""
     check_sources(config)
-    held_out = None if config.data.val is None else open_sources(config.data.val, config.data)
+    held_out = None if config.data.val is None else open_held_out(config.data.val, config.data)
     evaluator = build_evaluator(config, held_out)
     metrics = evaluator.run()
     evaluator.accelerator.end_training()
