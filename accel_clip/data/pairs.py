@@ -19,6 +19,6 @@ def open_pairs(data: DataConfig) -> tuple[Source, Source | None]:
 
 
 def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig) -> Source:
-    """Return the pairs that `data.val` names; of a source that brings its own held-out part, such as demo, that part."""
+    """Return the pairs that `data.val` names; of a source with a held-out part of its own (demo), that part."""
     source = open_sources(items, data)
     return source.held_out() if isinstance(source, HasHeldOut) else source
