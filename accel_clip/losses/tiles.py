@@ -35,13 +35,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from accel_clip.losses.precision import at_least_float32, ieee_float32
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Bytes of the two live tiles: 2048 × 2048 each in float32, whatever B is. So many that a product (4e9 operations at
 # D = 512) dwarfs what it costs to start it on any device, and so few that the passes over a tile find it in the cache.
@@ -140,17 +143,25 @@ class OwnPair:
 
 
 @dataclass(frozen=True)
-class EqualPairs(OwnPair):
-    """Every counterpart of an equal pair is right, in equal parts (Khosla et al. 2020, arXiv 2004.11362, equation 2).
+class PairsByHash(OwnPair):
+    """Positives that depend on which pairs show the same.
 
     hashes: int64 [b], equal for pairs that show the same, such as `Batch.caption_hash`.
     """
 
     hashes: Tensor
 
-    def gathered(self, processes: Accelerator | OneProcess) -> EqualPairs:
+    def gathered(self, processes: Accelerator | OneProcess) -> Self:
         """Return the same for the pairs of all processes."""
         return replace(self, hashes=processes.gather(self.hashes))
+
+
+@dataclass(frozen=True)
+class EqualPairs(PairsByHash):
+    """Every counterpart of an equal pair is right, in equal parts (Khosla et al. 2020, arXiv 2004.11362, equation 2).
+
+    hashes: int64 [b], equal for pairs that show the same, such as `Batch.caption_hash`.
+    """
 
     def beyond_own(self, side: Side) -> Tensor:
         """Return the mean of the right counterparts less the own ones, [b, D], from sums over groups of equal pairs."""
@@ -160,17 +171,11 @@ class EqualPairs(OwnPair):
 
 
 @dataclass(frozen=True)
-class MaskedEqualPairs(OwnPair):
+class MaskedEqualPairs(PairsByHash):
     """The own counterpart is right, those of other equal pairs are neither right nor wrong: left out of all sums.
 
     hashes: int64 [b], equal for pairs that show the same, such as `Batch.caption_hash`.
     """
-
-    hashes: Tensor
-
-    def gathered(self, processes: Accelerator | OneProcess) -> MaskedEqualPairs:
-        """Return the same for the pairs of all processes."""
-        return replace(self, hashes=processes.gather(self.hashes))
 
     def masked(self, logits: Iterator[Tile], own: slice) -> Iterator[Tile]:
         """Yield the tiles with the logits of other equal pairs −inf."""
