@@ -10,14 +10,33 @@ from torch import Tensor
 
 from accel_clip.data.batch import Batch
 from accel_clip.models.anatomy import Anatomy
-from accel_clip.models.towers import text_chunks, trimmed, unique_captions
+from accel_clip.models.towers import length_groups, text_chunks, unique_captions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a process's part of a batch is cut: rows per chunk, and how many of a side's last chunks keep their graph.
+
+    micro_batch_size: rows that go through a tower at once; captions_per_chunk: more than that where all graphs are kept
+    anyway and nothing is drawn, since a chunk costs a gradient of the whole vocabulary; kept: by the side that is
+    trained, image or text; by image for chunks of whole pairs; cost_of_a_group: what a group of captions of nearly
+    equal length costs beside its tokens, in tokens; large where work comes in large pieces.
+    """
+
+    micro_batch_size: int
+    captions_per_chunk: int
+    kept: dict[str, int]
+    cost_of_a_group: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What goes through the model at once: `inputs` by name (image, text), and which items they are, int64 [n]."""
+    """What goes through the model at once: `inputs` by name (image, text), and which items they are, int64 [n].
 
-    inputs: dict[str, Tensor]
+    Pictures are one tensor, captions a list of groups that may differ in length.
+    """
+
+    inputs: dict[str, Tensor | list[Tensor]]
     rows: Tensor
 
     @property
@@ -49,29 +68,32 @@ class Cut:
         return rows.new_zeros(num_items, *rows.shape[1:]).index_add_(0, self.text_of_pair.to(rows.device), rows)
 
 
-def cut_batch(batch: Batch, anatomy: Anatomy, micro_batch_size: int) -> Cut:
-    """Return a batch, on the CPU, in chunks of at most `micro_batch_size` rows, pictures first.
+def cut_batch(batch: Batch, anatomy: Anatomy, plan: Plan) -> Cut:
+    """Return a batch, on the CPU, in chunks as the plan says, pictures first.
 
-    Where the towers are separate each is cut on its own: equal captions become one item and captions are sorted by
-    length, so that every chunk is trimmed to its own longest one, as far as that is exact for the model.
+    Where the towers are separate each is cut on its own, unless its features are known: equal captions become one item
+    and captions are sorted by length, so that groups of them are trimmed, as far as that is exact for the model.
     """
     everything = torch.arange(len(batch))
+    pieces = everything.split(plan.micro_batch_size)
     if not anatomy.separate:
-        rows = everything.split(micro_batch_size)
-        return Cut([Chunk({"image": batch.image[each], "text": batch.tokens[each]}, each) for each in rows], everything)
-    tokens, text_of_pair = unique_captions(batch.tokens) if anatomy.deduplicates else (batch.tokens, everything)
-    pictures = [
-        Chunk({"image": image}, rows)
-        for image, rows in zip(batch.image.split(micro_batch_size), everything.split(micro_batch_size), strict=True)
-    ]
-    return Cut([*pictures, *caption_chunks(tokens, anatomy, micro_batch_size)], text_of_pair)
+        whole = [Chunk({"image": batch.image[rows], "text": [batch.tokens[rows]]}, rows) for rows in pieces]
+        return Cut(whole, everything)
+    chunks, text_of_pair = [], everything
+    if "image_features" not in batch.features:
+        chunks += [Chunk({"image": batch.image[rows]}, rows) for rows in pieces]
+    if "text_features" not in batch.features:
+        tokens, text_of_pair = unique_captions(batch.tokens) if anatomy.deduplicates else (batch.tokens, everything)
+        chunks += caption_chunks(tokens, anatomy, plan)
+    return Cut(chunks, text_of_pair)
 
 
-def caption_chunks(tokens: Tensor, anatomy: Anatomy, micro_batch_size: int) -> Iterator[Chunk]:
-    """Yield the chunks of captions."""
+def caption_chunks(tokens: Tensor, anatomy: Anatomy, plan: Plan) -> Iterator[Chunk]:
+    """Yield the chunks of captions; no group has more rows than may go through a tower at once."""
     if anatomy.trims:
-        for rows in text_chunks(tokens, micro_batch_size, anatomy.end):
-            yield Chunk({"text": trimmed(tokens[rows], anatomy.end)}, rows)
+        for rows in text_chunks(tokens, plan.captions_per_chunk, anatomy.end):
+            groups = length_groups(tokens[rows], plan.cost_of_a_group, anatomy.end)
+            yield Chunk({"text": [part for group in groups for part in group.split(plan.micro_batch_size)]}, rows)
     else:
-        for rows in torch.arange(len(tokens)).split(micro_batch_size):
-            yield Chunk({"text": tokens[rows]}, rows)
+        for rows in torch.arange(len(tokens)).split(plan.captions_per_chunk):
+            yield Chunk({"text": list(tokens[rows].split(plan.micro_batch_size))}, rows)

@@ -59,6 +59,8 @@ class DataConfig:
     every epoch's end"""
     max_pixels: float = 50e6
     """largest picture that is decoded, in pixels"""
+    augmentation: str = "crop"
+    """crop = a random 90 to 100 % of the picture, anew every epoch; none = resized and cropped as in evaluation"""
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train", self.train, "name at least one source")
@@ -70,6 +72,8 @@ class DataConfig:
         bad = self.max_bad_fraction
         require(0 <= bad <= 1, "data.max_bad_fraction", bad, "it must be in [0, 1]")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "it must be at least 1")
+        known = ("crop", "none")
+        require(self.augmentation in known, "data.augmentation", self.augmentation, "it must be crop or none")
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,15 @@ class TrainConfig:
     """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, no on a CPU"""
     threads: int | None = None
     """CPU threads per process; null = the machine's cores divided by its processes"""
+    compile: bool = False
+    """compile the blocks of the towers by torch.compile: fewer, larger kernels after a start of a minute or more"""
+    activation_checkpointing: bool = False
+    """keep only the inputs of blocks and run each again in the backward pass: less memory, a quarter more work"""
     max_logit_scale: float = 100.0
     """the logit scale (after exp) is clamped to this after every step"""
+    cache_features: bool = False
+    """features of the frozen tower are computed once and kept in the run folder: pictures are decoded once; needs
+    model.freeze image, with data.augmentation none, or model.freeze text"""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "accumulate"):
@@ -255,6 +266,21 @@ class Config:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "it must be 0 or more")
         require(self.output_dir != "", "output_dir", self.output_dir, "name a folder")
+        if self.train.cache_features:
+            rule = "train.cache_features keeps the features of one tower, frozen as a whole: freeze image or text"
+            require(self.cached_tower is not None, "model.freeze", self.model.freeze, rule)
+            rule = "train.cache_features needs pictures that stay the same: set it to none"
+            stays = self.cached_tower != "image" or self.data.augmentation == "none"
+            require(stays, "data.augmentation", self.data.augmentation, rule)
+            rule = "loss.options.teachers look at every picture, and none is decoded: leave one of the two away"
+            looks = self.cached_tower == "image" and bool(self.loss.options.get("teachers"))
+            require(not looks, "train.cache_features", True, rule)
+
+    @property
+    def cached_tower(self) -> str | None:
+        """Return the tower whose features are kept, image or text."""
+        frozen = [side for side in ("image", "text") if side in self.model.freeze]
+        return frozen[0] if self.train.cache_features and len(frozen) == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested plain dictionaries, as they stand in `config.yaml`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -38,6 +39,7 @@ class StorageError(AccelClipError):
 
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
+KILLED_EXIT_CODE = 9  # of a crash that a test asked for
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -59,3 +61,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     originals = {entry.lower(): entry for entry in known}
     matches = difflib.get_close_matches(name.lower(), originals, n=1, cutoff=0.5)
     return f", did you mean '{originals[matches[0]]}'?" if matches else ""
+
+
+def reached(stage: str, step: int) -> None:
+    """End this process at once if `ACCEL_CLIP_FAULT` names the stage (`rename` or `rename:12`), to test crashes."""
+    if os.environ.get("ACCEL_CLIP_FAULT") in (stage, f"{stage}:{step}"):
+        os._exit(KILLED_EXIT_CODE)

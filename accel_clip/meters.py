@@ -185,6 +185,12 @@ class MeterGroup:
         self.reset()
         return values
 
+    def averages(self) -> dict[str, float]:
+        """Return the means and totals of this process alone by name, and start anew; no collective."""
+        values = self.unpack(self.pack(torch.device("cpu")).tolist(), 1)
+        self.reset()
+        return values
+
     def pack(self, device: torch.device) -> Tensor:
         """Return sums, counts, totals and a fingerprint of the names as one vector that adds up over processes."""
         dtype = widest_float(device)

@@ -10,6 +10,8 @@ The result decides time and memory only: the gradient is the same for every plan
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from accel_clip.chunks import Plan
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
@@ -25,11 +28,13 @@ from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
 from accel_clip.processes import num_local_processes
 from accel_clip.randomness import RandomState
-from accel_clip.step import Plan, unchanged_statistics
+from accel_clip.step import unchanged_statistics
 
 SHARE_OF_FREE_MEMORY = {"cpu": 0.5}  # other programs want theirs; on a device the run is alone
 SHARE_ON_A_DEVICE = 0.8
 PROBE_ROWS = (2, 4)  # a graph's size is computed from these; on a CPU too large a trial would swap
+COST_OF_A_GROUP = {"cpu": 32}  # tokens; measured on two cores with 4 layers of width 256
+COST_OF_A_GROUP_ON_A_DEVICE = 8192  # a few hundred kernels, each at least as long as its start takes
 STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float32, which come after the trial
 GIB = 2**30
 
@@ -43,15 +48,15 @@ class Workplace:
     model: ClipModel
     anatomy: Anatomy
 
-    def inputs(self, rows: int) -> dict[str, dict[str, Tensor]]:
+    def inputs(self, rows: int) -> dict[str, dict[str, Any]]:
         """Return made-up inputs of `rows` rows for each trained side, or for chunks of whole pairs."""
         device, size = self.accelerator.device, self.model.preprocess_config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         image = torch.zeros(rows, 3, height, width, dtype=torch.uint8, device=device)
         text = self.model.tokenizer(["a picture"]).to(device).expand(rows, -1).contiguous()
         if not self.anatomy.separate:
-            return {"image": {"image": image, "text": text}}
-        sides = {"image": image, "text": text}
+            return {"image": {"image": image, "text": [text]}}
+        sides = {"image": image, "text": [text]}
         return {side: {side: each} for side, each in sides.items() if side not in self.anatomy.frozen}
 
 
@@ -62,7 +67,10 @@ def choose_plan(place: Workplace, config: TrainConfig) -> Plan:
     rows = largest_that_fits(place, min(asked or whole, whole), may_shrink=asked is None)
     rows = agreed_minimum(place.accelerator, rows)
     kept = graphs_within(place, config, rows, whole)
-    plan = Plan(rows, {side: agreed_minimum(place.accelerator, number) for side, number in kept.items()})
+    cost_of_a_group = COST_OF_A_GROUP.get(place.accelerator.device.type, COST_OF_A_GROUP_ON_A_DEVICE)
+    kept = {side: agreed_minimum(place.accelerator, number) for side, number in kept.items()}
+    keeps_all_captions = not place.anatomy.stochastic and kept.get("text", 0) * rows >= whole
+    plan = Plan(rows, whole if keeps_all_captions else rows, kept, cost_of_a_group)
     if rows < whole:
         shown = ", ".join(f"{number} of {side}s" for side, number in plan.kept.items())
         say(f"micro-batches of {rows} rows; graphs kept between the two passes: {shown or 'none'}")
@@ -125,7 +133,21 @@ def graph_bytes(place: Workplace, rows: int) -> dict[str, int]:
     return {side: round(few[side] + per_row[side] * (rows - PROBE_ROWS[0])) for side in few}
 
 
-def try_chunk(place: Workplace, inputs: dict[str, Tensor]) -> int:
+def settle_gradient_buckets(place: Workplace) -> None:
+    """Let DDP order its buckets now, by a pass that leaves no trace, and not in the middle of the first steps.
+
+    It orders them anew in the first forward after the first backward, with a collective that the steps of different
+    processes would meet at different moments; and a resumed run would add up in another order than it did.
+    """
+    if place.accelerator.num_processes == 1:
+        return
+    inputs = {name: each for side in place.inputs(1).values() for name, each in side.items()}
+    with leaving_no_trace(place):
+        sum_of(place.wrapped(**inputs)).backward()
+        place.wrapped(**inputs)
+
+
+def try_chunk(place: Workplace, inputs: dict[str, Any]) -> int:
     """Return the bytes that the graph of one forward pass holds, after a backward pass through it; leaves no trace."""
     held: dict[int, int] = {}
     parameters = {each.data_ptr() for each in place.wrapped.parameters()}
@@ -136,19 +158,30 @@ def try_chunk(place: Workplace, inputs: dict[str, Tensor]) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    with leaving_no_trace(place), place.accelerator.no_sync(place.wrapped):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = sum_of(place.wrapped(**inputs))
+        total.backward()
+    return sum(held.values())
+
+
+def sum_of(outputs: dict[str, Tensor]) -> Tensor:
+    """Return a scalar that all outputs are part of."""
+    return torch.stack([each.float().sum() for each in outputs.values() if each.is_floating_point()]).sum()
+
+
+@contextmanager
+def leaving_no_trace(place: Workplace) -> Iterator[None]:
+    """Run a block in training mode without leaving gradients, statistics of batch norm, or used random numbers."""
     before = RandomState(place.accelerator.device)
     place.wrapped.train()
     try:
-        with unchanged_statistics(place.wrapped), place.accelerator.no_sync(place.wrapped):
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                outputs: dict[str, Any] = place.wrapped(**inputs)
-                total = torch.stack([each.float().sum() for each in outputs.values() if each.is_floating_point()]).sum()
-            total.backward()
+        with unchanged_statistics(place.wrapped):
+            yield
     finally:
         for parameter in place.wrapped.parameters():
             parameter.grad = None
         before.restore()
-    return sum(held.values())
 
 
 def free_for_graphs(place: Workplace) -> float:

@@ -20,6 +20,7 @@ class RunFolder:
         self.status = self.path / "STATUS.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
         self.export = self.path / "export"
+        self.features = self.path / "features"
 
     def refuse_used(self) -> None:
         """Raise `ConfigError` when the folder holds a run or cannot be one."""

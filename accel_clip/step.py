@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from accel_clip.chunks import Chunk, Cut, cut_batch
+from accel_clip.chunks import Chunk, Cut, Plan, cut_batch
 from accel_clip.data.batch import Batch
 from accel_clip.losses.base import Loss
 from accel_clip.losses.gradient import (
@@ -33,22 +33,11 @@ from accel_clip.losses.gradient import (
     rows_surrogate,
     scalars_surrogate,
 )
+from accel_clip.losses.pair_terms import PairTerms
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.randomness import RandomState
 
 Outputs = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a process's part of a batch is cut: rows per chunk, and how many of a side's last chunks keep their graph.
-
-    kept: by the side that is trained, image or text; by image for chunks of whole pairs. Equal captions make the number
-    of chunks differ between processes; that a side keeps a graph, or none, does not.
-    """
-
-    micro_batch_size: int
-    kept: dict[str, int]
 
 
 class ContrastiveStep:
@@ -60,30 +49,36 @@ class ContrastiveStep:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, loss: Loss, anatomy: Anatomy, plan: Plan) -> None:
         self.accelerator, self.model, self.loss, self.anatomy, self.plan = accelerator, model, loss, anatomy, plan
+        self.wanted = loss.wanted()
+        self.wanted_with_graph = None if self.wanted is None else {*self.wanted, *loss.pair_outputs()}
 
     def __call__(self, batch: Batch) -> Outputs:
         """Add the gradient of one contrastive batch to the parameters and return the terms of its global loss.
 
         batch: this process's pairs, on the CPU; every process brings the same number.
         """
-        cut = cut_batch(batch, self.anatomy, self.plan.micro_batch_size)
+        device, loss = self.accelerator.device, self.loss
+        cut = cut_batch(batch, self.anatomy, self.plan)
         passed = FirstPass(self, cut)
-        columns = {name: each.to(self.accelerator.device) for name, each in batch.columns().items()}
-        gradient = global_loss_gradient(self.accelerator, self.loss, {**columns, **passed.outputs()})
-        self.second_pass(passed, gradient)
-        return gradient.terms
+        known = {name: each.to(device) for name, each in batch.features.items()}
+        outputs = {**loss.columns(batch, device), **passed.outputs(), **known}
+        gradient = global_loss_gradient(self.accelerator, loss, outputs)
+        pair_terms = PairTerms(self.accelerator, loss, batch)
+        self.second_pass(passed, gradient, pair_terms)
+        return {**gradient.terms, **pair_terms.values}
 
     def forward(self, chunk: Chunk) -> Outputs:
         """Return the model's outputs for a chunk, without arming DDP: the last backward pass does that."""
-        device = self.accelerator.device
+        inputs = send_to_device(chunk.inputs, self.accelerator.device, non_blocking=True)
+        wanted = self.wanted_with_graph if torch.is_grad_enabled() else self.wanted
         with self.accelerator.no_sync(self.model):
-            return self.model(**{side: each.to(device, non_blocking=True) for side, each in chunk.inputs.items()})
+            return self.model(**inputs, wanted=wanted)
 
     def trained(self, chunks: list[Chunk]) -> list[int]:
         """Return the numbers of the chunks that need a gradient; the last one where only the scalars are trained."""
         return [number for number, chunk in enumerate(chunks) if not chunk.is_frozen(self.anatomy)] or [len(chunks) - 1]
 
-    def second_pass(self, passed: FirstPass, gradient: LossGradient) -> None:
+    def second_pass(self, passed: FirstPass, gradient: LossGradient, pair_terms: PairTerms) -> None:
         """Back-propagate the gradient of the loss through every chunk, those with a graph first.
 
         The last backward pass takes one chunk of each side, the scalars and the loss's own parameters, so it reaches
@@ -95,7 +90,8 @@ class ContrastiveStep:
         final = last_of_each_side(order, chunks)
 
         def surrogate(number: int, outputs: Outputs) -> Tensor:
-            return rows_surrogate(self.accelerator.num_processes, chunks[number].rows, outputs, slopes)
+            rows = rows_surrogate(self.accelerator.num_processes, chunks[number].rows, outputs, slopes)
+            return rows + pair_terms.surrogate(outputs)
 
         for number in order:
             if number not in final:
@@ -140,11 +136,11 @@ class FirstPass:
             return self.step.forward(chunk)
 
     def take(self, chunk: Chunk, outputs: Outputs) -> None:
-        """Take in a chunk's features, detached, and the scalars."""
+        """Take in what the global loss sees of a chunk, detached: features, and the scalars."""
         for name, value in outputs.items():
             if name in SCALARS:
                 self.scalars[name] = value.detach()
-            else:
+            elif self.step.wanted is None or name in self.step.wanted:
                 self.rows.setdefault(name, []).append((chunk.rows, value.detach()))
 
     def outputs(self) -> Outputs:

@@ -15,8 +15,11 @@ from accel_clip.check import check_files, check_names
 from accel_clip.command_line import save_config
 from accel_clip.config import Config
 from accel_clip.console import Progress, say
+from accel_clip.data.augmentation import evaluation_pixels
 from accel_clip.data.bad_samples import BadSampleLog
 from accel_clip.data.batch import Batch
+from accel_clip.data.feature_cache import FeatureCache
+from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order, check_divisible
 from accel_clip.data.pairs import open_pairs
@@ -26,8 +29,10 @@ from accel_clip.export import copy_of_weights, export_model
 from accel_clip.faults import NonFiniteError, exit_code_of
 from accel_clip.faults import describe as describe_error
 from accel_clip.losses.base import build_loss, total
+from accel_clip.losses.gradient import warn_of_dense_logits
 from accel_clip.meters import MeterGroup, RateMeter
 from accel_clip.models.anatomy import examine
+from accel_clip.models.blocks import compile_blocks, recompute_activations
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import (
@@ -39,7 +44,7 @@ from accel_clip.models.training_model import (
 )
 from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
 from accel_clip.optim.schedules import build_schedule
-from accel_clip.plan import Workplace, choose_plan
+from accel_clip.plan import Workplace, choose_plan, settle_gradient_buckets
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes
 from accel_clip.randomness import derive_seed
 from accel_clip.run_folder import RunFolder
@@ -90,7 +95,8 @@ class Trainer:
         self.build_optimizer()
         self.build_evaluator()
         self.build_step()
-        self.meters, self.rate, self.progress = MeterGroup(), RateMeter("pairs/s"), Progress()
+        self.report, self.meters = MeterGroup(), MeterGroup()
+        self.rate, self.progress = RateMeter("pairs/s"), Progress()
         self.step, self.stop_asked = 0, False
         self.metrics: dict[str, float] = {}
         self.best: Candidate | None = None
@@ -99,7 +105,7 @@ class Trainer:
         """Open the sources, hold a part out, and fix the order and the length of the run."""
         data, train = self.config.data, self.config.train
         check_divisible(train.batch_size, self.accelerator.num_processes)
-        self.pairs, self.held_out = open_pairs(data)
+        self.pairs, self.held_out = open_pairs(data, self.loss.data_columns())
         self.order = Order(len(self.pairs), train.batch_size, self.config.seed)
         self.num_steps = train.steps or max(1, train.epochs * self.order.batches_per_epoch // train.accumulate)
         self.schedule = build_schedule(self.config.optim, self.num_steps)
@@ -113,6 +119,11 @@ class Trainer:
         freeze_unused(self.model, self.loss)
         self.anatomy = examine(self.model.clip, self.model.tokenizer)
         self.loss.to(self.accelerator.device)
+        self.loss.prepare(self.model, self.accelerator)
+        if self.config.train.activation_checkpointing:
+            recompute_activations(self.model.clip)
+        if self.config.train.compile:
+            compile_blocks(self.model.clip)
 
     def build_optimizer(self) -> None:
         """Wrap model and optimizer; from here on every process draws dropout of its own."""
@@ -148,8 +159,12 @@ class Trainer:
     def build_step(self) -> None:
         """Plan how a batch is cut on this machine."""
         place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
+        settle_gradient_buckets(place)
         plan = choose_plan(place, self.config.train)
+        warn_of_dense_logits(self.loss, self.config.train.batch_size, self.model.model_config["embed_dim"])
         self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
+        side, parts = self.config.cached_tower, (self.accelerator, self.wrapped, self.model, self.anatomy)
+        self.frozen_tower = None if side is None else FrozenTower(side, *parts, rows=plan.micro_batch_size)
 
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
@@ -182,7 +197,16 @@ class Trainer:
         describe_processes(self.accelerator)
         self.tracking = Tracking(self.accelerator, self.config, self.folder)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)
+        self.features = self.open_features()
         self.progress.open(self.num_steps)
+
+    def open_features(self) -> dict[str, FeatureCache]:
+        """Return the features of the frozen tower by its side, where they are kept."""
+        tower, max_pixels = self.frozen_tower, self.config.data.max_pixels
+        if tower is None:
+            return {}
+        folder = self.folder.features / tower.side
+        return {tower.side: open_features(tower, self.pairs, max_pixels, folder, self.num_workers)}
 
     def batches(self) -> Iterator[list[Batch]]:
         """Yield what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
@@ -190,12 +214,13 @@ class Trainer:
         num_batches = self.num_steps * train.accumulate
         places = BatchPlaces(self.order, num_batches, accelerator.process_index, accelerator.num_processes)
         size, max_pixels = model.preprocess_config["size"], self.config.data.max_pixels
-        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, max_pixels)
+        pixels = evaluation_pixels(model.preprocess_config) if self.config.data.augmentation == "none" else None
+        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, max_pixels, pixels, self.features)
         loader = iterate(pairs, places, self.config.data, self.num_workers, accelerator.device.type == "cuda")
         for _ in range(self.num_steps):
             start = time.perf_counter()
             batches = [next(loader) for _ in range(train.accumulate)]
-            self.meters.update("data_time", time.perf_counter() - start)
+            self.report.update("data_time", time.perf_counter() - start)
             yield batches
 
     def train_step(self, batches: list[Batch]) -> None:
@@ -206,26 +231,34 @@ class Trainer:
             self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
             with self.accelerator.accumulate(self.wrapped):
                 terms = self.contrastive_step(batch)
+                self.report.update("loss", total(terms))
+                self.report.update_all({f"loss/{name}": value for name, value in terms.items()})
                 if self.accelerator.sync_gradients:
                     limit = self.config.optim.grad_clip or math.inf
-                    self.meters.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
+                    self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
+                    self.agree()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.meters.update("loss", total(terms))
-            self.meters.update_all({f"loss/{name}": value for name, value in terms.items()})
         clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)
         self.step += 1
         self.rate.update(self.config.train.batch_size * len(batches))
         self.progress.advance()
 
+    def agree(self) -> None:
+        """Bring the processes' reports of a step together, in one reduction before the weights change."""
+        self.report.add("num_bad_samples", len(self.bad_samples.pending))
+        agreed = self.report.reduce(self.accelerator)
+        if agreed.pop("num_bad_samples"):
+            self.bad_samples.collect(self.accelerator)
+        self.require_finite(agreed)
+        self.meters.update_all(agreed)
+
     def log(self) -> None:
         """Write a point when one is due: means over the steps since the last one, over all processes."""
-        if self.is_due(self.config.track.every) or self.ends_epoch():
-            self.bad_samples.collect(self.accelerator)
-            self.bad_samples.check(self.ends_epoch())
+        self.bad_samples.check(self.ends_epoch())
         if not self.is_due(self.config.track.every):
             return
-        point = self.meters.reduce(self.accelerator)  # waits for the device, so it comes before the clock is read
+        point = self.meters.averages()
         samples_per_second = self.rate.rate
         point |= {
             "samples": self.step * self.samples_per_step,
@@ -236,19 +269,18 @@ class Trainer:
         }
         self.rate.reset()
         self.progress.show(point)
-        self.require_finite(point)
         self.record(point)
 
-    def require_finite(self, point: dict[str, float]) -> None:
-        """Raise `NonFiniteError` for a loss or gradient that is not a number.
+    def require_finite(self, agreed: dict[str, float]) -> None:
+        """Raise `NonFiniteError` for a loss or gradient that is not a number, before it reaches the weights.
 
         In fp16 a gradient that overflows is met by lowering its scale; it is lost only when the scale has no room left.
         """
         scaler = self.accelerator.scaler
-        gradient_is_lost = not math.isfinite(point["grad_norm"]) if scaler is None else scaler.get_scale() < 1
-        if gradient_is_lost or not math.isfinite(point["loss"]):
+        gradient_is_lost = not math.isfinite(agreed["grad_norm"]) if scaler is None else scaler.get_scale() < 1
+        if gradient_is_lost or not math.isfinite(agreed["loss"]):
             raise NonFiniteError(
-                f"step {self.step}: loss {point['loss']}, gradient norm {point['grad_norm']}: lower optim.lr, "
+                f"step {self.step + 1}: loss {agreed['loss']}, gradient norm {agreed['grad_norm']}: lower optim.lr, "
                 "lengthen optim.warmup, or set train.precision to bf16 or no"
             )
 

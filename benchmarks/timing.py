@@ -17,10 +17,11 @@ PACKAGES = ("torch", "accelerate", "open_clip_torch")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of pairs of runs, each pair one after the other."""
+    """Seconds of pairs of runs, each pair one after the other; `other` is the name of the other side."""
 
     ours: list[float]
     theirs: list[float]
+    other: str = "open_clip"
 
     @property
     def ratios(self) -> list[float]:
@@ -32,17 +33,19 @@ class Timing:
         ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
         return (
             f"ratio {middle:.3f} (IQR {low:.3f} to {high:.3f}, {len(self.ratios)} pairs), "
-            f"ours {ours:.2f} s, open_clip {theirs:.2f} s"
+            f"ours {ours:.2f} s, {self.other} {theirs:.2f} s"
         )
 
 
-def interleaved(ours: Callable[[], object], theirs: Callable[[], object], num_pairs: int) -> Timing:
+def interleaved(
+    ours: Callable[[], object], theirs: Callable[[], object], num_pairs: int, other: str = "open_clip"
+) -> Timing:
     """Time both in the order A B, B A, A B, …, so that what drifts on the machine meets both alike.
 
     With one thread the clock is the processor time of this process, which other programs hardly touch; else it is the
     time that passes.
     """
-    timing = Timing([], [])
+    timing = Timing([], [], other)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(num_pairs):
         order = [(ours, timing.ours), (theirs, timing.theirs)]
@@ -53,9 +56,9 @@ def interleaved(ours: Callable[[], object], theirs: Callable[[], object], num_pa
     return timing
 
 
-def describe_machine() -> str:
+def describe_machine(*more_packages: str) -> str:
     """Return versions, processor, threads and the load before the measurement, on one line."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in (*PACKAGES, *more_packages))
     load = os.getloadavg()[0]
     return f"{versions}; {processor()}, {torch.get_num_threads()} thread(s), float32; load before {load:.2f}"
 

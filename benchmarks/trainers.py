@@ -111,15 +111,19 @@ class Ours:
         """Return what takes one optimizer step on a batch and returns the loss."""
 
         def step() -> float:
-            self.wrapped.train()
-            terms = self.contrastive_step(batch)
+            loss = self.add_gradient(batch)
             self.accelerator.clip_grad_norm_(self.trained, LARGEST_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
             clamp_logit_scale(self.clip, 100)
-            return total(terms).item()
+            return loss
 
         return step
+
+    def add_gradient(self, batch: Batch) -> float:
+        """Add the gradient of a batch to the parameters and return its loss."""
+        self.wrapped.train()
+        return total(self.contrastive_step(batch)).item()
 
 
 class OpenClip:
@@ -137,8 +141,7 @@ class OpenClip:
 
     def on(self, batch: Batch) -> Callable[[], float]:
         """Return what takes one optimizer step on a batch and returns the loss."""
-        mean, std = (torch.tensor(self.preprocess[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-        pictures = ((batch.image / 255 - mean) / std).split(self.micro_batch_size)
+        pictures = normalised(batch.image, self.preprocess).split(self.micro_batch_size)
         epoch = Epoch(zip(pictures, batch.tokens.split(self.micro_batch_size), strict=True))
         settings = Namespace(**{**vars(self.settings), "accum_freq": len(epoch)})
 
@@ -197,13 +200,18 @@ def open_clip_settings(scenario: Scenario, rank: int, num_processes: int) -> Nam
 
 def both_sides(scenario: Scenario, rank: int = 0, num_processes: int = 1) -> tuple[Ours, OpenClip, ClipModel]:
     """Return the two trainers with equal weights, and a model for its tokenizer and picture size."""
+    model = new_model(scenario)
+    theirs = OpenClip(replace(model, clip=deepcopy(model.clip)), scenario, rank, num_processes)
+    return Ours(model, scenario), theirs, model
+
+
+def new_model(scenario: Scenario) -> ClipModel:
+    """Return a scenario's model, with the same weights every time."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"towers_{scenario.towers['vision_cfg']['width']}.json"
         file.write_text(json.dumps(scenario.towers), encoding="utf-8")
-        model = build_model(ModelConfig(str(file)), needs_logit_bias=scenario.loss == "siglip")
-    theirs = OpenClip(replace(model, clip=deepcopy(model.clip)), scenario, rank, num_processes)
-    return Ours(model, scenario), theirs, model
+        return build_model(ModelConfig(str(file)), needs_logit_bias=scenario.loss == "siglip")
 
 
 def make_optimizer(clip: torch.nn.Module) -> torch.optim.Optimizer:
@@ -219,6 +227,12 @@ def make_batch(model: ClipModel, num_pairs: int, table: Path | None, seed: int =
     captions = made_up_captions(num_pairs, draw) if table is None else captions_of(table, num_pairs, draw)
     numbers = torch.arange(num_pairs)
     return Batch(image, model.tokenizer(captions), numbers, numbers, numbers)
+
+
+def normalised(pictures: Tensor, preprocess: dict[str, Any]) -> Tensor:
+    """Return uint8 pictures [B, 3, H, W] as the float ones that a model with this preprocessing was made for."""
+    mean, std = (torch.tensor(preprocess[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return (pictures / 255 - mean) / std
 
 
 def captions_of(table: Path, number: int, draw: random.Random) -> list[str]:

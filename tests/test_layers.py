@@ -14,7 +14,7 @@ import accel_clip
 PACKAGE = Path(accel_clip.__file__).parent
 FLOORS = (
     ("faults", "meters", "stopping", "randomness", "console"),
-    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking"),
+    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint"),
     ("data", "models", "optim", "losses"),
     ("check", "evaluation", "export", "step", "chunks", "plan", "listing"),
     ("trainer", "plots"),

@@ -15,7 +15,13 @@ from torch import Tensor
 from accel_clip.config import LossConfig
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES, Loss, build_loss, total
-from accel_clip.losses.gradient import LossGradient, global_loss_gradient, rows_surrogate, scalars_surrogate
+from accel_clip.losses.gradient import (
+    LossGradient,
+    global_loss_gradient,
+    rows_surrogate,
+    scalars_surrogate,
+    warn_of_dense_logits,
+)
 
 
 def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -39,7 +45,7 @@ def surrogate(num_processes: int, loss: Loss, mine: dict[str, Tensor], gradient:
     return rows_surrogate(num_processes, rows, mine, gradient.by_row) + scalars_surrogate(loss, mine, gradient)
 
 
-REFERENCES = {"clip": dense_clip, "siglip": dense_siglip}
+REFERENCES = {"clip": dense_clip, "siglip": dense_siglip, "coca": dense_clip}
 
 
 def outputs(num_pairs: int, scale: float = 10.0) -> dict[str, Tensor]:
@@ -59,8 +65,8 @@ def test_losses_equal_a_dense_reference(name: str, num_pairs: int) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_registered_loss_has_a_reference_here() -> None:
-    assert set(LOSSES.names()) == set(REFERENCES)
+def test_every_registered_loss_has_a_reference() -> None:
+    assert set(LOSSES.names()) == {*REFERENCES, "distill"}, "distill needs a teacher: its reference is in test_distill"
 
 
 def ours(name: str) -> Loss:
@@ -77,7 +83,7 @@ def user_siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tens
 
 def in_plain_autograd(name: str) -> Loss:
     """Return the dense reference as a user's loss, which takes the generic path."""
-    return Loss(name, {"clip": user_clip, "siglip": user_siglip}[name])
+    return Loss(name, {"clip": user_clip, "siglip": user_siglip, "coca": user_clip}[name])
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -234,3 +240,13 @@ def test_equal_pairs_over_processes_are_positives_or_left_out(duplicates: str, s
         slopes, torch.autograd.grad(expected, whole["image_features"])[0], rtol=1e-10, atol=1e-12
     )
     assert num_gathers == 3
+
+
+def test_what_all_logits_cost_is_said_before_it_hurts(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip", "siglip", "coca"):
+        warn_of_dense_logits(ours(name), 100_000, 512)
+    warn_of_dense_logits(in_plain_autograd("clip"), 1024, 512)
+    assert "warning" not in capsys.readouterr().err
+    warn_of_dense_logits(in_plain_autograd("clip"), 16384, 512)
+    said = capsys.readouterr().err
+    assert "16384 x 16384 logits" in said and "4.0 GiB" in said and "1.6e+12 operations" in said

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from commands import CPU_2, launch, small_model, train_py
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from accel_clip.config import ModelConfig
+from accel_clip.models.build import build_model
 from accel_clip.processes import choose_precision
 
 PLUGIN = '''
@@ -46,8 +49,30 @@ QUIET = (
 
 def words_for(folder: Path, loss: str, output: str) -> list[str]:
     (folder / "plugin.py").write_text(PLUGIN)
-    model = ["--model.name", small_model(folder), "--plugins", "plugin.py"]
-    return [*model, "--loss.name", loss, "--output_dir", output, *FIVE_STEPS, *QUIET]
+    model = small_coca(folder) if loss == "coca" else small_model(folder)
+    options = ["--loss.options", teacher_of(folder)] if loss == "distill" else []
+    words = ["--model.name", model, "--plugins", "plugin.py", "--loss.name", loss, *options]
+    return [*words, "--output_dir", output, *FIVE_STEPS, *QUIET]
+
+
+def small_coca(folder: Path) -> str:
+    """Write the description of a CoCa model that trains in milliseconds and return its path."""
+    described = json.loads(Path(small_model(folder)).read_text())
+    described["vision_cfg"].update(attentional_pool=True, attn_pooler_heads=2, output_tokens=True)
+    described["text_cfg"].update(embed_cls=True, output_tokens=True, context_length=16)
+    described.update(custom_text=True, multimodal_cfg={**described["text_cfg"], "layers": 1})
+    for key in ("embed_cls", "output_tokens"):
+        del described["multimodal_cfg"][key]
+    (folder / "small_coca.json").write_text(json.dumps(described))
+    return str(folder / "small_coca.json")
+
+
+def teacher_of(folder: Path) -> str:
+    """Write weights for a teacher and return the options of `distill`."""
+    torch.manual_seed(9)
+    teacher = build_model(ModelConfig(small_model(folder)))
+    save_file(dict(teacher.clip.state_dict()), folder / "teacher.safetensors")
+    return json.dumps({"teachers": {"name": small_model(folder), "pretrained": str(folder / "teacher.safetensors")}})
 
 
 def losses_of(run: Path) -> list[float]:
@@ -66,6 +91,8 @@ PARTLY_KEPT = ("--train.micro_batch_size", "2", "--train.activation_gib", "0.000
         ("siglip", RECOMPUTED, ()),
         ("theirs", (), ()),
         ("mine", RECOMPUTED, ()),
+        ("coca", RECOMPUTED, ()),
+        ("distill", PARTLY_KEPT[:4], ()),
         ("clip", PARTLY_KEPT[:4], ("--model.freeze", "text")),
         ("clip", PARTLY_KEPT[:4], PARTLY_KEPT[4:]),
     ],
@@ -85,9 +112,74 @@ def test_two_processes_train_the_model_that_one_trains(
         difference = (weights[1][name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)  # zero biases
         assert difference <= 1e-5, f"{name}: {difference}"
     moved = {name: (expected - before[name]).abs().max().item() for name, expected in weights[0].items()}
-    trained = [name for name in ("logit_scale", "visual.proj", "text_projection") if moved[name] > 1e-4]
+    names = ("logit_scale", "visual.proj", "text.text_projection" if loss == "coca" else "text_projection")
+    trained = [name for name in names if moved[name] > 1e-4]
     assert len(trained) == (2 if "text" in both else 3), moved
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+COUNTING = """
+import torch.distributed as distributed
+from collections import Counter
+
+counts = Counter()
+NAMES = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast", "reduce_scatter",
+         "all_gather_object", "broadcast_object_list", "barrier", "reduce")
+
+
+def counting(name, original):
+    def collective(*given, **named):
+        counts[name] += 1
+        return original(*given, **named)
+    return collective
+
+
+for name in NAMES:
+    if hasattr(distributed, name):
+        setattr(distributed, name, counting(name, getattr(distributed, name)))
+
+from accel_clip.trainer import Trainer
+
+original = Trainer.train_step
+
+
+def train_step(self, batches):
+    counts.clear()
+    original(self, batches)
+    if self.accelerator.is_main_process:
+        with open("counts.txt", "a") as file:
+            file.write(f"{dict(counts)}\\n")
+
+
+Trainer.train_step = train_step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "num_gathers"), [("clip", 2), ("siglip", 1)])
+def test_a_step_costs_few_collectives(tmp_path: Path, loss: str, num_gathers: int) -> None:
+    """The reduction of gradients is DDP's own; beside it there are the loss's gathers and one agreement."""
+    words = words_for(tmp_path, loss, "run")
+    (tmp_path / "plugin.py").write_text(COUNTING)
+    done = launch(*words, *RECOMPUTED, folder=tmp_path, launcher=CPU_2)
+    assert done.code == 0, done.err
+    steps = [ast.literal_eval(line) for line in (tmp_path / "counts.txt").read_text().splitlines()]
+    assert len(steps) == 5
+    for counts in steps:
+        reductions = counts.pop("all_reduce")
+        assert (sum(counts.values()), reductions) == (num_gathers, 1), counts
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_model(tmp_path: Path) -> None:
+    plain = train_py(*words_for(tmp_path, "clip", "plain"), *RECOMPUTED, folder=tmp_path)
+    compiled = train_py(
+        *words_for(tmp_path, "clip", "compiled"), *RECOMPUTED, "--train.compile", "true", folder=tmp_path
+    )
+    assert (plain.code, compiled.code) == (0, 0), compiled.err
+    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    weights = [load_file(tmp_path / name / "export" / "open_clip_model.safetensors") for name in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,26 @@ from accelerate import Accelerator
 from commands import small_model
 from torch import Tensor
 
+from accel_clip.chunks import Plan as SidedPlan
 from accel_clip.chunks import cut_batch
 from accel_clip.config import LossConfig, ModelConfig, TrainConfig
 from accel_clip.data.batch import Batch
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import Loss, build_loss, total
 from accel_clip.models.anatomy import Anatomy, examine
+from accel_clip.models.blocks import recompute_activations
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.plan import Workplace, choose_plan, graph_bytes
 from accel_clip.step import ContrastiveStep
-from accel_clip.step import Plan as SidedPlan
 
 NUM_PAIRS = 13
 
 
 def Plan(rows: int, num_kept: int) -> SidedPlan:
-    return SidedPlan(rows, {"image": max(0, num_kept - 2), "text": num_kept})
+    kept = {"image": max(0, num_kept - 2), "text": num_kept}
+    return SidedPlan(rows, NUM_PAIRS if num_kept == 99 else rows, kept, cost_of_a_group=3)
 
 
 CAPTIONS = ["a frog", "a very long caption of a red bird " * 3, "two cats", "a frog", "one white peahen on wet grass"]
@@ -114,7 +117,7 @@ def test_a_loss_of_the_user_with_its_own_parameter(tmp_path: Path) -> None:
 def test_dropped_patches_are_the_same_in_both_passes(tmp_path: Path, rows: int) -> None:
     model = make_model(tmp_path, patch_dropout=0.5)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
-    kept, some, none = (gradients(model, loss, batch, Plan(rows, num)) for num in (99, 4, 0))
+    kept, some, none = (gradients(model, loss, batch, Plan(rows, num)) for num in (98, 4, 0))
     assert_equal_gradients(some, kept, 1e-6)
     assert_equal_gradients(none, kept, 1e-6)
     other = gradients(model, loss, batch, Plan(rows, 99), seed=6)
@@ -156,7 +159,8 @@ def test_frozen_towers_run_once_and_get_nothing(tmp_path: Path, patterns: list[s
     calls.update(image=0, text=0)
     wrapped = TrainingModel(model).train()
     model.clip.zero_grad()
-    ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, Plan(5, 0))(batch)
+    one_group = replace(Plan(5, 0), cost_of_a_group=10**6)
+    ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, one_group)(batch)
     given = {name: each.grad for name, each in model.clip.named_parameters() if each.grad is not None}
     assert_equal_gradients(given, expected, 1e-5)
     num_captions = len(torch.unique(batch.tokens, dim=0))
@@ -191,9 +195,9 @@ def test_equal_captions_are_one_item_and_chunks_are_trimmed(tmp_path: Path) -> N
     batch = make_batch(model)
     anatomy = examine(model.clip, model.tokenizer)
     assert anatomy.separate and anatomy.trims and anatomy.deduplicates
-    cut = cut_batch(batch, anatomy, 4)
+    cut = cut_batch(batch, anatomy, Plan(4, 0))
     texts = [chunk for chunk in cut.chunks if "text" in chunk.inputs]
-    lengths = [chunk.inputs["text"].shape[1] for chunk in texts]
+    lengths = [group.shape[1] for chunk in texts for group in chunk.inputs["text"]]
     assert sum(len(chunk.rows) for chunk in texts) == len(torch.unique(batch.tokens, dim=0)) < NUM_PAIRS
     assert lengths == sorted(lengths) and lengths[0] < 10 and max(lengths) <= 32
     rows = torch.arange(float(len(torch.unique(batch.tokens, dim=0)))).view(-1, 1)
@@ -237,11 +241,11 @@ def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
         config = TrainConfig(batch_size=16, micro_batch_size=4, activation_gib=activation_bytes / 2**30)
         return choose_plan(place, config)
 
-    assert kept(0) == SidedPlan(4, {"text": 0, "image": 0})
+    assert kept(0) == SidedPlan(4, 4, {"text": 0, "image": 0}, 32)
     assert kept(2.5 * text).kept["text"] == 2
-    assert kept(4 * text + 1.5 * image) == SidedPlan(4, {"text": 4, "image": 1})
-    assert kept(1e12) == SidedPlan(4, {"text": 4, "image": 4})
-    assert choose_plan(place, TrainConfig(batch_size=16)) == SidedPlan(16, {"text": 1, "image": 1})
+    assert kept(4 * text + 1.5 * image) == SidedPlan(4, 16, {"text": 4, "image": 1}, 32)
+    assert kept(1e12) == SidedPlan(4, 16, {"text": 4, "image": 4}, 32)
+    assert choose_plan(place, TrainConfig(batch_size=16)) == SidedPlan(16, 16, {"text": 1, "image": 1}, 32)
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,3 +284,38 @@ def test_a_plan_counts_what_is_trained(tmp_path: Path, patterns: list[str]) -> N
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
     ContrastiveStep(place.accelerator, place.wrapped.train(), loss, anatomy, plan)(batch)
     assert len(runs) == 4  # nothing that fits runs twice
+
+
+@pytest.mark.parametrize("num_kept", [0, 2, 98])
+def test_recomputed_activations_change_memory_alone(tmp_path: Path, num_kept: int) -> None:
+    model = make_model(tmp_path, patch_dropout=0.5, layers=4)
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    expected = gradients(model, loss, batch, Plan(4, num_kept))
+    place, _ = workplace(model)
+    before = graph_bytes(place, 8)
+    recompute_activations(model.clip)
+    assert_equal_gradients(gradients(model, loss, batch, Plan(4, num_kept)), expected, 1e-6)
+    assert all(graph_bytes(place, 8)[side] < before[side] / 2 for side in ("image", "text"))
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_features_that_are_known_take_the_place_of_a_frozen_tower(tmp_path: Path, side: str) -> None:
+    model = make_model(tmp_path)
+    freeze(model.clip, [side])
+    loss, batch = build_loss(LossConfig("clip")), make_batch(model)
+    expected = gradients(model, loss, batch, Plan(4, 0))
+    with torch.no_grad():
+        outputs = TrainingModel(model).eval()(image=batch.image, text=[batch.tokens])
+    name = f"{side}_features"
+    known = replace(
+        batch, features={name: outputs[name]}, image=batch.image if side == "text" else batch.image[:, :, :0]
+    )
+    tower = model.clip.visual if side == "image" else model.clip.transformer
+    runs = []
+    anatomy = examine(model.clip, model.tokenizer)
+    tower.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.clip.zero_grad()
+    ContrastiveStep(Accelerator(cpu=True), TrainingModel(model).train(), loss, anatomy, Plan(4, 0))(known)
+    given = {key: each.grad for key, each in model.clip.named_parameters() if each.grad is not None}
+    assert_equal_gradients(given, expected, 1e-5)
+    assert not runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from accel_clip.models.towers import (
     encode_text,
     end_token,
     is_deterministic,
+    length_groups,
     text_chunks,
     trimmed,
     unique_captions,
@@ -152,7 +154,7 @@ def test_towers_that_look_past_the_caption_are_left_alone(name: str) -> None:
     assert not can_trim(clip, TOKENIZER)
     assert torch.equal(encode_text(clip, tokens), clip.encode_text(tokens, normalize=True))
     if name != "CoCa":
-        with pytest.raises(AssertionError, match="takes 24 tokens, not 7"):
+        with pytest.raises(AssertionError, match="takes 24 tokens a caption"):
             encode_text(clip, tokens[:, :7])
 
 
@@ -227,6 +229,32 @@ def test_chunks_hold_every_row_once_and_go_from_short_to_long(max_rows: int) -> 
     assert all(0 < len(chunk) <= max_rows for chunk in chunks) and len(chunks) == -(-20 // max_rows)
     lengths = caption_lengths(tokens).tolist()
     assert rows.tolist() == sorted(range(20), key=lambda row: (lengths[row], row))
+
+
+@pytest.mark.parametrize("cost_of_a_group", [0, 1, 5, 1000])
+def test_groups_cost_least_of_all_divisions(cost_of_a_group: int) -> None:
+    torch.manual_seed(cost_of_a_group)
+    lengths = torch.randint(2, 12, (9,)).sort().values
+    tokens = torch.zeros(9, 12, dtype=torch.int64).scatter_(1, lengths[:, None] - 1, 99)
+    groups = length_groups(tokens, cost_of_a_group)
+    assert [row.argmax().item() + 1 for group in groups for row in group] == lengths.tolist()
+    assert all(group.shape[1] == group.argmax(1).max() + 1 for group in groups)
+
+    def cost(cuts: tuple[int, ...]) -> int:
+        ends = [0, *cuts, 9]
+        parts = pairwise(ends)
+        return sum(cost_of_a_group + (end - start) * int(lengths[end - 1]) for start, end in parts)
+
+    least = min(cost(cuts) for number in range(9) for cuts in combinations(range(1, 9), number))
+    assert sum(cost_of_a_group + group.numel() for group in groups) == least
+
+
+def test_groups_of_different_length_have_the_features_of_whole_captions() -> None:
+    clip, tokens = build("argmax"), TOKENIZER(CAPTIONS)
+    rows = caption_lengths(tokens).argsort(stable=True)
+    groups = length_groups(tokens[rows], 1)
+    assert len({group.shape[1] for group in groups}) > 2
+    assert_near(encode_text(clip, *groups), clip.encode_text(tokens, normalize=True)[rows], 1e-6)
 
 
 def test_equal_captions_are_encoded_once() -> None:

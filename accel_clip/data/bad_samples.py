@@ -7,14 +7,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from accel_clip.faults import DataError, StorageError
 
 SAMPLES_BEFORE_FIRST_LOOK = 1000
-REASONS = ("unreadable", "too_large", "missing_file", "outside_root", "no_caption", "caption_encoding")
+REASONS = (
+    *("unreadable", "too_large", "missing_file", "outside_root", "no_caption", "caption_encoding"),
+    *("caption_too_large", "truncated_shard"),
+)
 
 
 class UnusableSample(Exception):
@@ -69,9 +71,6 @@ class BadSampleLog:
 
     def collect(self, accelerator: Accelerator) -> None:
         """Count and list what all processes have met since the last call; every process must call it."""
-        num_pending = torch.tensor([len(self.pending)], device=accelerator.device)
-        if not accelerator.reduce(num_pending, "sum").item():
-            return
         everyone = gather_object(self.pending)
         self.pending = []
         self.num_met += len(everyone)

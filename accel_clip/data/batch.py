@@ -15,7 +15,8 @@ class Batch:
 
     image: uint8 [b, 3, H, W], not normalised; tokens: int [b, L]; sample: int64 [b], the pair's index over all sources;
     caption_hash, picture_hash: int64 [b], equal for equal captions and for pairs of one picture; extra: columns that a
-    loss asks for, first dimension b; bad_samples: those that were met, and replaced, on the way.
+    loss asks for, first dimension b; bad_samples: those that were met, and replaced, on the way; features: those of
+    frozen towers that are known already, `image_features` or `text_features`, float32 [b, D].
     """
 
     image: torch.Tensor
@@ -25,6 +26,7 @@ class Batch:
     picture_hash: torch.Tensor
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     bad_samples: tuple[BadSample, ...] = ()
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -39,4 +41,7 @@ class Batch:
             key: getattr(self, key).pin_memory()
             for key in ("image", "tokens", "sample", "caption_hash", "picture_hash")
         }
-        return replace(self, **pinned, extra={key: value.pin_memory() for key, value in self.extra.items()})
+        extra, features = (
+            {key: value.pin_memory() for key, value in named.items()} for named in (self.extra, self.features)
+        )
+        return replace(self, **pinned, extra=extra, features=features)

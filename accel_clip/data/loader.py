@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from PIL.Image import Image
@@ -18,8 +18,9 @@ from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.captions import choose_caption, hash_of
 from accel_clip.data.decode import decode_picture
+from accel_clip.data.feature_cache import FeatureCache
 from accel_clip.data.order import Order, no_usable_sample
-from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError
 from accel_clip.randomness import derive_seed, seeded
@@ -29,6 +30,8 @@ TRAINING_CROP_SCALE = (
     0.9,
     1.0,
 )  # share of the picture that is kept; open_clip's default (transform.py, AugmentationCfg)
+
+NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Example:
-    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L]."""
+    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L], extra float32 [any width] by column.
+
+    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty.
+    """
 
     image: Tensor
     tokens: Tensor
@@ -49,10 +55,16 @@ class Example:
     caption_hash: int
     picture_hash: int
     bad_samples: tuple[BadSample, ...]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TrainingPairs(Dataset[Example | DataError]):
-    """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
+    """The pairs of a source by their place in the order; an unusable one is replaced by rule.
+
+    pixels: from a decoded picture to uint8 [3, H, W], the same every time; None = a random crop of `image_size`.
+    features: what is known of a tower, image or text; where pictures are known none is decoded, and `image` is empty.
+    """
 
     def __init__(
         self,
@@ -61,7 +73,10 @@ class TrainingPairs(Dataset[Example | DataError]):
         tokenizer: Callable[[list[str]], Tensor],
         image_size: int | tuple[int, int],
         max_pixels: float,
+        pixels: Callable[[Image], Tensor] | None = None,
+        features: Mapping[str, FeatureCache] | None = None,
     ) -> None:
+        self.pixels, self.features = pixels, features or {}
         self.source, self.order, self.tokenizer, self.max_pixels = source, order, tokenizer, max_pixels
         self.known_tokens: dict[str, Tensor] = {}
         self.crop = RandomResizedCrop(image_size, TRAINING_CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
@@ -87,11 +102,19 @@ class TrainingPairs(Dataset[Example | DataError]):
         """Return a sample; its caption and augmentation are drawn by (seed, epoch, sample) alone."""
         pair = self.source[sample]
         caption = choose_caption(pair.captions, self.order.seed, epoch, sample)
+        hashes = {"text": hash_of("caption", caption), "image": hash_of("picture", self.source.key(sample))}
+        features = {f"{side}_features": known[hashes[side]] for side, known in self.features.items()}
+        image = NO_PICTURE if "image" in self.features else self.image_of(pair, sample, epoch)
+        tokens, numbers = self.tokens_of(caption), numbers_in(pair)
+        return Example(image, tokens, sample, hashes["text"], hashes["image"], bad_samples, numbers, features)
+
+    def image_of(self, pair: Pair, sample: int, epoch: int) -> Tensor:
+        """Return the pixels of a pair's picture, uint8 [3, H, W]."""
         picture = decode_picture(pair.image, self.max_pixels)
+        if self.pixels is not None:
+            return self.pixels(picture)
         with seeded(derive_seed(self.order.seed, "augmentation", epoch, sample)):
-            image = self.augment(picture)
-        hashes = hash_of("caption", caption), hash_of("picture", self.source.key(sample))
-        return Example(image, self.tokens_of(caption), sample, *hashes, bad_samples)
+            return self.augment(picture)
 
     def tokens_of(self, caption: str) -> Tensor:
         """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
@@ -110,6 +133,14 @@ class TrainingPairs(Dataset[Example | DataError]):
         """Return the record of an unusable sample."""
         source, index = origin(self.source, sample)
         return BadSample(source.name, index, problem.reason, problem.path, problem.detail, epoch)
+
+
+def numbers_in(pair: Pair) -> dict[str, Tensor]:
+    """Return a pair's columns of numbers, float32; raises `UnusableSample` where they could mean several captions."""
+    if pair.extra and len(pair.captions) > 1:
+        detail = f"{len(pair.captions)} captions share the numbers in {', '.join(pair.extra)}: write a row for each"
+        raise UnusableSample("unreadable", detail)
+    return {name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in pair.extra.items()}
 
 
 class BatchPlaces(Sampler[list[Place]]):
@@ -141,6 +172,8 @@ def collate(fetched: Sequence[Example | DataError]) -> Batch | DataError:
         caption_hash=torch.tensor([example.caption_hash for example in examples]),
         picture_hash=torch.tensor([example.picture_hash for example in examples]),
         bad_samples=tuple(bad for example in examples for bad in example.bad_samples),
+        features={name: torch.stack([example.features[name] for example in examples]) for name in examples[0].features},
+        extra={name: torch.stack([example.extra[name] for example in examples]) for name in examples[0].extra},
     )
 
 

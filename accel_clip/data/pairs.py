@@ -10,9 +10,12 @@ from accel_clip.data.sources.combine import split_held_out
 from accel_clip.data.sources.resolve import open_sources
 
 
-def open_pairs(data: DataConfig) -> tuple[Source, Source | None]:
-    """Return the pairs to train on and those held out, which are `data.val` or a part of `data.train`."""
-    training = open_sources(data.train, data)
+def open_pairs(data: DataConfig, extra: tuple[str, ...] = ()) -> tuple[Source, Source | None]:
+    """Return the pairs to train on and those held out, which are `data.val` or a part of `data.train`.
+
+    extra: columns of numbers that the pairs to train on must bring.
+    """
+    training = open_sources(data.train, data, extra)
     if data.val is not None:
         return training, open_held_out(data.val, data)
     return split_held_out(training, data.val_fraction)

@@ -81,7 +81,7 @@ def encode(
     width = model.model_config["embed_dim"]
     features = torch.empty(num_items, width)
     chunks = iter(own_chunks)
-    encoders = {"image": encode_image, "text": encode_text}
+    encoders: dict[str, Callable[..., Tensor]] = {"image": encode_image, "text": encode_text}
     with evaluation_mode(model.clip), torch.no_grad(), accelerator.autocast():
         for start in range(0, num_items, batch_size * accelerator.num_processes):
             chunk = next(chunks, None)  # None: in the last round some processes have nothing to encode

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from accel_clip.config import LossConfig
 from accel_clip.faults import ConfigError
 from accel_clip.registry import Registry, check_options
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from accel_clip.data.batch import Batch
+    from accel_clip.models.build import ClipModel
 
 LOSSES = Registry("loss", setting="loss.name")
 OUTPUTS = (
@@ -29,11 +35,18 @@ class Loss:
 
     Its function has open_clip's signature: it takes outputs of the model by name (`image_features` and
     `text_features` [B, D], `logit_scale`, `logit_bias`, …) and `output_dict=True`, and returns named terms; those whose
-    names end in `_loss` are summed.
+    names end in `_loss` are summed. Where it is an object it may also have these methods:
+
+    `gradient(accelerator, outputs)`: its own way to the gradient of the global batch (`gradient.py`);
+    `pair_terms(output, …)`: terms that are sums over pairs, computed chunk by chunk from outputs that it names and the
+    global loss does not see, and `pair_count(batch)`: what the sums of this process's batch are divided by, in part;
+    `columns(batch, device)`: further columns by name, one row a pair, that it takes beside the model's outputs;
+    `data_columns()`: the columns of numbers that the data must have for it, which come in `Batch.extra`;
+    `prepare(model, accelerator)`: called once before training with the model that is trained.
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Any  # a callable; what methods it has beside is asked for
 
     def __call__(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the loss of a whole batch; outputs that the function does not name are left out."""
@@ -48,6 +61,43 @@ class Loss:
                 f"loss.name: '{self.name}' returned {sorted(terms)}: at least one term must have a name ending in _loss"
             )
         return terms
+
+    def total(self, outputs: dict[str, Tensor]) -> Tensor:
+        """Return the sum of the terms that count, of a whole batch."""
+        return total(self(outputs))
+
+    def pair_terms(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over the pairs of a chunk by name, empty for a loss without such terms."""
+        names = self.pair_outputs()
+        return self.function.pair_terms(**{name: outputs[name] for name in names}) if names else {}
+
+    def pair_outputs(self) -> list[str]:
+        """Return the outputs that pair terms are computed from."""
+        method = getattr(self.function, "pair_terms", None)
+        return [] if method is None else list(inspect.signature(method).parameters)
+
+    def columns(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Return the columns of a batch that the loss may take by name, one row a pair."""
+        columns = {name: each.to(device) for name, each in batch.columns().items()}
+        own = getattr(self.function, "columns", None)
+        return columns if own is None else {**columns, **own(batch, device)}
+
+    def data_columns(self) -> tuple[str, ...]:
+        """Return the columns of numbers that the loss asks of the data."""
+        asked = getattr(self.function, "data_columns", None)
+        return () if asked is None else tuple(asked())
+
+    def prepare(self, model: ClipModel, accelerator: Accelerator) -> None:
+        """Let the loss build what it needs beside the model that is trained; raises `ConfigError` where it cannot."""
+        if hasattr(self.function, "prepare"):
+            self.function.prepare(model, accelerator)
+
+    def wanted(self) -> set[str] | None:
+        """Return the outputs of which the global loss needs every row; None when it takes whatever there is."""
+        parameters = inspect.signature(self.signature_of()).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return None
+        return set(parameters) - set(self.pair_outputs())
 
     def signature_of(self) -> Callable[..., Any]:
         """Return the callable whose signature says what the loss takes; a module's own is in its `forward`."""

@@ -17,11 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from accel_clip.console import say
 from accel_clip.losses.base import Loss, total
 from accel_clip.losses.precision import at_least_float32, ieee_float32
 from accel_clip.losses.tiles import Share
 
 SCALARS = ("logit_scale", "logit_bias")
+LOGITS_HELD = 4  # matrices of float32, as open_clip's ClipLoss with its gradient
+MUCH_MEMORY = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class LossGradient:
     by_scalar: dict[str, Tensor]
     by_parameter: list[Tensor]
 
+    def scaled(self, weight: float) -> LossGradient:
+        """Return the gradient of `weight` times the loss."""
+        terms, by_row, by_scalar = (
+            {name: weight * each for name, each in part.items()} for part in (self.terms, self.by_row, self.by_scalar)
+        )
+        return LossGradient(terms, by_row, by_scalar, [weight * each for each in self.by_parameter])
+
 
 def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str, Tensor]) -> LossGradient:
     """Return the loss of the batch of all processes and its gradient by `outputs` of this process.
@@ -47,7 +57,8 @@ def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str
     """
     if hasattr(loss.function, "gradient"):
         return loss.function.gradient(accelerator, outputs)
-    own = {key: at_least_float32(value.detach()) for key, value in outputs.items()}
+    wanted = loss.wanted()
+    own = {key: at_least_float32(each.detach()) for key, each in outputs.items() if wanted is None or key in wanted}
     leaves = {key: value.requires_grad_() for key, value in own.items() if value.is_floating_point()}
     with ieee_float32():
         terms = loss({key: value if key in SCALARS else spliced(accelerator, value) for key, value in own.items()})
@@ -59,6 +70,18 @@ def global_loss_gradient(accelerator: Accelerator, loss: Loss, outputs: dict[str
         by_row={key: slope for key, slope in by_output.items() if key not in SCALARS},
         by_scalar={key: slope for key, slope in by_output.items() if key in SCALARS},
         by_parameter=list(gradients[len(leaves) :]),
+    )
+
+
+def warn_of_dense_logits(loss: Loss, num_pairs: int, width: int) -> None:
+    """Say what a loss that takes the generic path will cost with `num_pairs` pairs of features [D = width], if much."""
+    held = LOGITS_HELD * 4 * num_pairs**2
+    if hasattr(loss.function, "gradient") or held < MUCH_MEMORY:
+        return
+    say(
+        f"warning: the loss '{loss.name}' holds all {num_pairs} x {num_pairs} logits on every process: about "
+        f"{held / 2**30:.1f} GiB and {12 * num_pairs**2 * width:.1e} operations a step, however many processes there "
+        "are; give it a method gradient(accelerator, outputs), as clip and siglip have"
     )
 
 
@@ -94,7 +117,8 @@ def scalars_surrogate(loss: Loss, outputs: dict[str, Tensor], gradient: LossGrad
     """
     scalars = [(outputs[name] * slope).sum() for name, slope in gradient.by_scalar.items() if name in outputs]
     own = [(each * slope).sum() for each, slope in zip(loss.parameters(), gradient.by_parameter, strict=True)]
-    return torch.stack([*scalars, *own]).sum()
+    nothing = next(iter(outputs.values())).new_zeros(())  # a loss may take features alone
+    return torch.stack([nothing, *scalars, *own]).sum()
 
 
 def spliced(accelerator: Accelerator, rows: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
             start["init_logit_scale"] = math.log(SIGLIP_LOGIT_SCALE)
         options, model_config = {**start, **options}, {**start, **model_config}
     clip = create(name, config, options)
+    if not has_weights(config):
+        initialise_decoder(clip)
     if needs_logit_bias and has_weights(config):
         fill_missing_bias(clip, model_config)
     tokenizer = open_clip.get_tokenizer(name, context_length=options.get("force_context_length"))
@@ -189,6 +191,13 @@ def fill_missing_bias(clip: Any, model_config: dict[str, Any]) -> None:
     with torch.no_grad():
         if clip.logit_bias is not None and not clip.logit_bias.any():
             clip.logit_bias.fill_(model_config["init_logit_bias"])
+
+
+def initialise_decoder(clip: Any) -> None:
+    """Draw the projection of CoCa's decoder, which open_clip 3.3.0 leaves as it finds the memory (transformer.py)."""
+    decoder = getattr(clip, "text_decoder", None)
+    if decoder is not None:
+        torch.nn.init.normal_(decoder.text_projection, std=len(decoder.text_projection) ** -0.5)
 
 
 def one_line(error: Exception) -> str:

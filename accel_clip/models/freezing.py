@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
-from accel_clip.losses.base import Loss, total
 from accel_clip.models.build import ClipModel
 from accel_clip.models.names import matches
 from accel_clip.randomness import seeded
+
+
+class HasTotal(Protocol):
+    """What is needed of `losses.base.Loss`: losses use models, so models do not import losses."""
+
+    @property
+    def name(self) -> str:
+        """Return the name in the registry."""
+        ...
+
+    def total(self, outputs: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a whole batch from the model's outputs and the columns of equal pairs."""
+        ...
 
 
 def freeze(clip: nn.Module, patterns: list[str]) -> None:
@@ -29,7 +43,7 @@ def freeze(clip: nn.Module, patterns: list[str]) -> None:
         raise ConfigError(f"model.freeze: {patterns} leaves nothing to train")
 
 
-def freeze_unused(model: ClipModel, loss: Loss) -> None:
+def freeze_unused(model: ClipModel, loss: HasTotal) -> None:
     """Freeze parameters that get no gradient from the loss, and say which: DDP would wait for them for ever.
 
     One forward and backward of two made-up pairs finds them, without a trace in weights, statistics or randomness.
@@ -41,8 +55,8 @@ def freeze_unused(model: ClipModel, loss: Loss) -> None:
     with seeded(0), torch.enable_grad():
         outputs = clip(image=blank_pictures(model), text=model.tokenizer(["one", "two"]))
         columns = {"caption_hash": torch.arange(2), "picture_hash": torch.arange(2)}
-        terms = loss({**columns, **{key: value for key, value in outputs.items() if value is not None}})
-        gradients = torch.autograd.grad(total(terms), list(trainable.values()), allow_unused=True)
+        value = loss.total({**columns, **{key: value for key, value in outputs.items() if value is not None}})
+        gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
     clip.train(was_training)
     unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
     for name in unused:
@@ -51,7 +65,7 @@ def freeze_unused(model: ClipModel, loss: Loss) -> None:
         say(f"the loss '{loss.name}' does not use {listed(unused)}: frozen")
 
 
-def blank_pictures(model: ClipModel) -> torch.Tensor:
+def blank_pictures(model: ClipModel) -> Tensor:
     """Return two different made-up pictures of the model's size, float32 [2, 3, H, W]."""
     size = model.preprocess_config["size"]
     height, width = (size, size) if isinstance(size, int) else size

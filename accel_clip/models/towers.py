@@ -4,8 +4,9 @@ A causal text tower that pools at the end token never looks at what follows it, 
 
 1. Encode equal captions once (`unique_captions`), where the tower is deterministic (`is_deterministic`).
 2. Sort captions by length and cut them into chunks (`text_chunks`).
-3. Trim each chunk to its own longest caption (`trimmed`), where the model allows it (`can_trim`).
-4. Encode it with the rows of the positional embedding and of the causal mask that are left (`encode_text`).
+3. Divide each chunk into groups of nearly equal length and trim each to its own longest caption (`length_groups`),
+   where the model allows it (`can_trim`).
+4. Encode the groups with the rows of the positional embedding and of the causal mask that are left (`encode_text`).
 
 All but `encode_text` and `encode_image` read values of tokens: call them on the CPU, outside a compiled forward.
 Shapes: b captions, L tokens, D features.
@@ -13,7 +14,7 @@ Shapes: b captions, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +36,17 @@ def encode_image(clip: Any, pixels: Tensor) -> Tensor:
     return clip.encode_image(pixels, normalize=True)
 
 
-def encode_text(clip: Any, tokens: Tensor) -> Tensor:
-    """Return unit-norm features [b, D] of captions, int [b, L]: what `clip.encode_text` gives at full length.
+def encode_text(clip: Any, *groups: Tensor) -> Tensor:
+    """Return unit-norm features [b, D] of captions, int [n, L] a group: what `clip.encode_text` gives at full length.
 
-    L may be shorter than the context when `can_trim` says so of the model; else tokens come at full length.
+    L may differ between groups and be shorter than the context when `can_trim` says so of the model; else tokens come
+    at full length.
     """
     tower = own_text_tower(clip)
-    if tower is None or tokens.shape[1] == tower.context_length:
-        return clip.encode_text(tokens, normalize=True)
-    assert ignores_what_follows(tower), f"this text tower takes {tower.context_length} tokens, not {tokens.shape[1]}"
-    return functional.normalize(encode_shorter_text(tower, tokens), dim=-1)
+    if tower is None or all(tokens.shape[1] == tower.context_length for tokens in groups):
+        return clip.encode_text(torch.cat(groups), normalize=True)
+    assert ignores_what_follows(tower), f"this text tower takes {tower.context_length} tokens a caption"
+    return functional.normalize(encode_shorter_text(tower, groups), dim=-1)
 
 
 def can_trim(clip: Any, tokenizer: Callable[[list[str]], Tensor]) -> bool:
@@ -90,6 +92,27 @@ def text_chunks(tokens: Tensor, max_rows: int, end: int | None = None) -> list[T
     Captions of equal length keep their order.
     """
     return list(caption_lengths(tokens, end).argsort(stable=True).split(max_rows))
+
+
+def length_groups(tokens: Tensor, cost_of_a_group: int, end: int | None = None) -> list[Tensor]:
+    """Return captions [b, L], sorted by length, as trimmed groups [n, longest] that cost least together.
+
+    A group costs its tokens, padding included, and `cost_of_a_group` tokens for what does not depend on its size.
+    The cheapest way to end a group at each length is found from the shortest on: with u lengths that is u²/2 sums.
+    """
+    lengths, counts = caption_lengths(tokens, end).unique_consecutive(return_counts=True)
+    ends = [0, *counts.cumsum(0).tolist()]
+    cheapest, starts = [0], [0]
+    for last, length in enumerate(lengths.tolist()):
+        costs = [cheapest[i] + cost_of_a_group + length * (ends[last + 1] - ends[i]) for i in range(last + 1)]
+        cheapest.append(min(costs))
+        starts.append(costs.index(cheapest[-1]))
+    groups: list[Tensor] = []
+    stop = len(lengths)
+    while stop:
+        groups.insert(0, tokens[ends[starts[stop]] : ends[stop], : int(lengths[stop - 1])])
+        stop = starts[stop]
+    return groups
 
 
 def unique_captions(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,19 +177,31 @@ def pooling(tower: Any) -> tuple[str, int | None]:
     return name, getattr(tower, prefix + "eos_id") if name == "eos" else None
 
 
-def encode_shorter_text(tower: Any, tokens: Tensor) -> Tensor:
-    """Return the features [b, D] of fewer tokens than the context has; the steps are those of open_clip's forward."""
-    length = tokens.shape[1]
+def encode_shorter_text(tower: Any, groups: Sequence[Tensor]) -> Tensor:
+    """Return the features [b, D] of groups of captions; the steps are those of open_clip's forward.
+
+    Tokens are embedded all at once, because the gradient of the embedding is as large as its vocabulary every time.
+    """
     dtype = tower.transformer.get_cast_dtype()
-    embedded = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    mask = tower.attn_mask[:length, :length].contiguous()  # attention kernels ask for whole rows
-    hidden = tower.ln_final(tower.transformer(embedded, attn_mask=mask))
-    name, end = pooling(tower)
-    pooled = text_global_pool(hidden, tokens, name, eos_token_id=end)
+    embedded = tower.token_embedding(torch.cat([tokens.flatten() for tokens in groups])).to(dtype)
+    parts = embedded.split([tokens.numel() for tokens in groups])
+    pooled = [
+        pooled_text(tower, tokens, part.view(*tokens.shape, -1)) for tokens, part in zip(groups, parts, strict=True)
+    ]
     projection = tower.text_projection
     if projection is None:
-        return pooled
-    return pooled @ projection if isinstance(projection, Tensor) else projection(pooled)
+        return torch.cat(pooled)
+    return torch.cat(pooled) @ projection if isinstance(projection, Tensor) else projection(torch.cat(pooled))
+
+
+def pooled_text(tower: Any, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """Return what the tower pools [n, width] of captions [n, L] whose tokens are embedded [n, L, width]."""
+    length = tokens.shape[1]
+    mask = tower.attn_mask[:length, :length].contiguous()  # attention kernels ask for whole rows
+    placed = embedded + tower.positional_embedding[:length].to(embedded.dtype)
+    hidden = tower.ln_final(tower.transformer(placed, attn_mask=mask))
+    name, end = pooling(tower)
+    return text_global_pool(hidden, tokens, name, eos_token_id=end)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text
+
+JOINT_OUTPUTS = ("logits", "labels")  # of CoCa, whose decoder sees both towers
 
 
 class TrainingModel(nn.Module):
@@ -29,22 +32,32 @@ class TrainingModel(nn.Module):
             values = torch.tensor(model.preprocess_config[name]).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text: Sequence[Tensor] = (),
+        wanted: Container[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Return unit-norm features of what is given, the logit scale (after exp) and bias.
 
-        image: uint8 [b, 3, H, W]; text: int [b, L], where the anatomy says `trims` cut to the longest caption.
+        image: uint8 [b, 3, H, W]; text: groups of captions, int [n, L], L as the anatomy allows; wanted: the outputs
+        that are used, None for all. Towers that meet run apart where only their features are wanted.
         """
-        if not self.separate:
-            pixels = None if image is None else self.normalised(image)
-            outputs = self.clip(image=pixels, text=text)
-            return {name: value for name, value in outputs.items() if value is not None}
+        pixels = None if image is None else self.normalised(image)
+        if self.separate or (wanted is not None and not any(name in wanted for name in JOINT_OUTPUTS)):
+            return self.apart(pixels, text)
+        outputs = self.clip(image=pixels, text=torch.cat(list(text)))
+        return {name: value for name, value in outputs.items() if value is not None}
+
+    def apart(self, pixels: Tensor | None, text: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the features that each tower alone gives, and the scalars."""
         outputs = {"logit_scale": self.clip.logit_scale.exp()}
         if self.clip.logit_bias is not None:
             outputs["logit_bias"] = self.clip.logit_bias
-        if image is not None:
-            outputs["image_features"] = encode_image(self.clip, self.normalised(image))
-        if text is not None:
-            outputs["text_features"] = encode_text(self.clip, text)
+        if pixels is not None:
+            outputs["image_features"] = encode_image(self.clip, pixels)
+        if text:
+            outputs["text_features"] = encode_text(self.clip, *text)
         return outputs
 
     def normalised(self, image: Tensor) -> Tensor:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from accel_clip.registry import Registry
 
 if TYPE_CHECKING:
+    import numpy
     from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture as it is stored, and the captions it may be shown with (none when it has none)."""
+    """A picture as it is stored, and the captions it may be shown with (none when it has none).
+
+    extra: numbers by the name of the column that they come from, as many in every pair; they mean the only caption.
+    """
 
     image: Image | bytes | Path
     captions: tuple[str, ...]
     label: str | None = None
+    extra: Mapping[str, numpy.ndarray | Sequence[float]] = field(default_factory=dict)
 
 
 class Source(Protocol):

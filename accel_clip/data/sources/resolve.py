@@ -1,4 +1,4 @@
-"""How a user's words find a source: registered names, tables, folders and saved datasets.
+"""How a user's words find a source: registered names, tables, tar shards, folders and saved datasets.
 
 This module imports nothing heavy, so that `locate` finds a missing file before torch, pyarrow or datasets are loaded.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.sources.base import SOURCES, Source
+from accel_clip.data.sources.shard_names import find_shards, means_shards, refuse_address
 from accel_clip.faults import DataError, nearest
 
 BUILT_IN = {"demo": "accel_clip.data.sources.demo", "hf": "accel_clip.data.sources.hub"}
@@ -20,8 +21,8 @@ BUILT_IN = {"demo": "accel_clip.data.sources.demo", "hf": "accel_clip.data.sourc
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 FORMS = (
-    f"write a table ({', '.join(TABLE_SUFFIXES)}), a folder of pictures, a saved dataset, hf:org/name[:split], demo, "
-    "or name:argument of a registered source"
+    f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar, a folder of pictures, "
+    "a saved dataset, hf:org/name[:split], demo, or name:argument of a registered source"
 )
 
 
@@ -35,11 +36,16 @@ class SourceOptions(SourceConfig):
     """column with the label; null = found by the usual names"""
     needs: str = "captions"
     """what a table must have beside pictures: captions, or labels"""
+    extra: tuple[str, ...] = ()
+    """columns of numbers that the loss asks for"""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where the pairs are: `kind` is registered, table, folder or saved; `path` is absent for registered names."""
+    """Where the pairs are: `kind` is registered, table, shards, folder or saved.
+
+    `path` is absent for registered names, and `name` is what was written for shards.
+    """
 
     kind: str
     name: str
@@ -51,25 +57,32 @@ class Location:
         return Path(self.name).expanduser()
 
 
-def open_sources(items: Sequence[str | SourceConfig], data: DataConfig) -> Source:
-    """Return the pairs of all items as one source."""
+def open_sources(items: Sequence[str | SourceConfig], data: DataConfig, extra: tuple[str, ...] = ()) -> Source:
+    """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
     from accel_clip.data.sources.combine import Concatenated
 
-    sources = [open_source(item, data) for item in items]
+    sources = [open_source(item, data, extra=extra) for item in items]
+    if extra:
+        from accel_clip.data.sources.numbers import require_columns
+
+        require_columns(sources, extra)
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
-def open_source(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
+def open_source(
+    item: str | SourceConfig, data: DataConfig, label_key: str | None = None, extra: tuple[str, ...] = ()
+) -> Source:
     """Return a source of pictures with captions, and with labels where it has them (`label_key`, or the usual names).
 
+    extra: columns of numbers that a table must have; other sources may go without (see `numbers.require_columns`).
     Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there.
     """
-    return open_located(locate(item, setting_of(item, data)), complete(item, data, label_key, needs="captions"))
+    return open_located(locate(item, setting_of(item, data)), complete(item, data, label_key, "captions", extra))
 
 
 def open_labelled(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
     """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
-    return open_located(locate(item, "eval.zero_shot"), complete(item, data, label_key, needs="labels"))
+    return open_located(locate(item, "eval.zero_shot"), complete(item, data, label_key, "labels"))
 
 
 def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
@@ -77,7 +90,9 @@ def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
     return "data.val" if item in (data.val or []) and item not in data.train else "data.train"
 
 
-def complete(item: str | SourceConfig, data: DataConfig, label_key: str | None, needs: str) -> SourceOptions:
+def complete(
+    item: str | SourceConfig, data: DataConfig, label_key: str | None, needs: str, extra: tuple[str, ...] = ()
+) -> SourceOptions:
     """Return an item's settings, with those of the `data` section where it has none of its own."""
     own = item if isinstance(item, SourceConfig) else SourceConfig(item)
     return SourceOptions(
@@ -88,6 +103,7 @@ def complete(item: str | SourceConfig, data: DataConfig, label_key: str | None, 
         encoding=data.encoding,
         label_key=label_key,
         needs=needs,
+        extra=extra,
     )
 
 
@@ -97,7 +113,11 @@ def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
     name, _, argument = written.partition(":")
     if name in SOURCES or name in BUILT_IN:
         return Location("registered", name, argument)
+    refuse_address(written, setting)
     path = Path(written).expanduser()
+    if written and means_shards(written):
+        find_shards(written, setting)
+        return Location("shards", written)
     if not written or not path.exists():
         raise DataError(f"{setting}: nothing is found under '{written}'{suggestion(name, path)} {FORMS}")
     if path.is_dir():
@@ -126,6 +146,10 @@ def open_located(location: Location, options: SourceOptions) -> Source:
             from accel_clip.data.sources.hub import open_saved
 
             return open_saved(location.path, options)
+        case "shards":
+            from accel_clip.data.sources.shards import open_shards
+
+            return open_shards(location.name, options)
         case "folder":
             from accel_clip.data.sources.folder import open_folder
 

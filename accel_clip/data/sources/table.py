@@ -16,11 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy
 import pyarrow
 from pyarrow import types
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Pair
+from accel_clip.data.sources.numbers import numbers_of, usual_width
 from accel_clip.data.text_files import open_text
 from accel_clip.faults import ConfigError, DataError, nearest
 
@@ -43,10 +45,11 @@ class Columns:
     image: str
     captions: tuple[str, ...]
     label: str | None = None
+    extra: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Return each column once."""
-        return list(dict.fromkeys([self.image, *self.captions, *([self.label] if self.label else [])]))
+        return list(dict.fromkeys([self.image, *self.captions, *([self.label] if self.label else []), *self.extra]))
 
 
 class TableSource:
@@ -62,6 +65,7 @@ class TableSource:
         self.name, self.columns = name, columns
         self.table = table.select(columns.names())
         self.class_names = class_names(table.schema)
+        self.widths = {column: usual_width(table.column(column), column, name) for column in columns.extra}
         kind = table.schema.field(columns.image).type
         self.has_structs, self.has_bytes = holds_pictures(kind), holds_bytes(kind)
         self.root = os.path.abspath(root)
@@ -71,7 +75,7 @@ class TableSource:
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(self.image(index), self.captions(index), self.label(index))
+        return Pair(self.image(index), self.captions(index), self.label(index), self.extra(index))
 
     def key(self, index: int) -> str:
         """Return a picture's path from `root`, or a hash of its bytes: the same wherever the data lies."""
@@ -97,6 +101,13 @@ class TableSource:
         """Return a row's label, or None when it has none."""
         found = self.texts(self.columns.label, index) if self.columns.label else []
         return next((text.strip() for text in found if text.strip()), None)
+
+    def extra(self, index: int) -> dict[str, numpy.ndarray]:
+        """Return the numbers in a row, float32 [D] a column; raises `UnusableSample`."""
+        return {
+            column: numbers_of(self.table.column(column)[int(index)], column, width)
+            for column, width in self.widths.items()
+        }
 
     def texts(self, column: str, index: int) -> list[str]:
         """Return the texts in a cell; the numbers of classes are replaced by their names."""
@@ -167,7 +178,8 @@ def choose_columns(schema: pyarrow.Schema, options: SourceOptions, name: str) ->
     captions = captions or (usual or missing_column("data.caption_key", CAPTION_COLUMNS, schema, name),)
     for column in captions:
         require_text("data.caption_key", column, schema, name)
-    return Columns(image, captions, label)
+    extra = tuple(known_column("loss.options", key, schema, name) for key in options.extra)
+    return Columns(image, captions, label, extra)
 
 
 def known_column(setting: str, key: str, schema: pyarrow.Schema, name: str) -> str:

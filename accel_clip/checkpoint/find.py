@@ -1,0 +1,109 @@
+"""The checkpoint to go on from: whole ones only, whatever killed the run that wrote them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from accel_clip.checkpoint.folders import BEST, TEMPORARY, folder_name, newest_first, pointed, set_aside, step_of
+from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, read_checkpoint, verify
+from accel_clip.console import say
+from accel_clip.faults import ConfigError, StorageError
+
+
+def recover(folder: Path) -> None:
+    """Put right what a dead run left: a temporary folder that is whole gets its name, any other is removed.
+
+    For the start of a run, by one process, before `find_newest`. Raises `StorageError`.
+    """
+    try:
+        for path in sorted(folder.glob(f"{TEMPORARY}*")):
+            if not path.is_dir():
+                path.unlink()
+            elif not finish(path):
+                shutil.rmtree(path)
+    except OSError as error:
+        raise StorageError(f"{folder}: what a killed run left could not be removed: {error}") from error
+
+
+def finish(temporary: Path) -> bool:
+    """Give a temporary folder its name if it is a whole checkpoint that nothing else has replaced."""
+    try:
+        final = temporary.with_name(folder_name(verify(temporary).step))
+    except InvalidCheckpoint:
+        return False
+    if final.exists():
+        return False
+    temporary.rename(final)
+    return True
+
+
+def find_newest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, None when there is none.
+
+    For one process: damaged ones are renamed to `step-….corrupt`, and one line says why and what is used instead.
+    """
+    damaged: list[str] = []
+    newest = None
+    for path in newest_first(folder):
+        try:
+            newest = verify_step(path)
+            break
+        except InvalidCheckpoint as reason:
+            damaged.append(f"{path.name}: {reason} (now {set_aside(path, 'corrupt').name})")
+    if damaged:
+        used = "there is no other" if newest is None else f"{newest.path.name} is used instead"
+        say(f"warning: damaged checkpoint {'; '.join(damaged)}; {used}")
+    return newest
+
+
+def find_newest_for_all(accelerator: Accelerator, folder: Path) -> Checkpoint | None:
+    """Clean up and search on the first process, and return what it found on every one.
+
+    Collective. Raises `ConfigError` on a machine that does not see the folder.
+    """
+    newest = None
+    if accelerator.is_main_process:
+        recover(folder)
+        newest = find_newest(folder)
+    found = torch.tensor(-1 if newest is None else newest.step, device=accelerator.device)
+    step = int(broadcast(found))
+    if newest is not None or step < 0:
+        return newest
+    path = folder / folder_name(step)
+    try:
+        return read_checkpoint(path)
+    except InvalidCheckpoint as reason:
+        raise ConfigError(f"output_dir: {path}: {reason}: all machines must share the folder of the run") from reason
+
+
+def find_best(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint that `BEST` points to, None when there is none that verifies."""
+    path = pointed(folder, BEST)
+    try:
+        return None if path is None else verify_step(path)
+    except InvalidCheckpoint as reason:
+        say(f"warning: the best checkpoint cannot be used: {path}: {reason}")
+        return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in a folder that the user named; raises `ConfigError` when it does not verify."""
+    try:
+        return verify(path)
+    except InvalidCheckpoint as reason:
+        raise ConfigError(
+            f"checkpoint.resume: {path} cannot be used: {reason}: name another step-… folder, or use 'auto'"
+        ) from reason
+
+
+def verify_step(path: Path) -> Checkpoint:
+    """Verify a checkpoint under the name of its step; raises `InvalidCheckpoint`."""
+    checkpoint = verify(path)
+    if checkpoint.step != step_of(path):
+        raise InvalidCheckpoint(f"it holds step {checkpoint.step}")
+    return checkpoint

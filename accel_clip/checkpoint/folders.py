@@ -1,0 +1,73 @@
+"""Names in the folder of all checkpoints: steps, the pointers to them, and what is not finished."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+
+from accel_clip.checkpoint.storage import sync_folder, write_text
+from accel_clip.faults import StorageError
+
+LATEST = "LATEST"
+BEST = "BEST"
+TEMPORARY = ".tmp-"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def temporary_name(folder: Path, what: str) -> Path:
+    """Return a free name for something that is not finished."""
+    return folder / f"{TEMPORARY}{what}-{uuid.uuid4().hex}"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the folders that are named like checkpoints, the highest step first."""
+    named = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def point(folder: Path, pointer: str, step: int) -> None:
+    """Make `LATEST` or `BEST` name the checkpoint of a step, in one go."""
+    temporary = temporary_name(folder, pointer)
+    write_text(temporary, folder_name(step) + "\n")
+    os.replace(temporary, folder / pointer)
+    sync_folder(folder)
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """Return the folder that `LATEST` or `BEST` names, None when it names none that is there."""
+    try:
+        name = (folder / pointer).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return folder / name if STEP_FOLDER.fullmatch(name) and (folder / name).is_dir() else None
+
+
+def set_aside(path: Path, ending: str) -> Path:
+    """Rename a checkpoint to a free name with an ending; raises `StorageError`."""
+    target, number = path.with_name(f"{path.name}.{ending}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.{ending}-{number}")
+    try:
+        return path.rename(target)
+    except OSError as error:
+        raise StorageError(f"{path}: a checkpoint could not be renamed: {error}") from error
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename checkpoints after a step to `step-….superseded`: a run that goes on from that step writes them anew."""
+    for path in newest_first(folder):
+        if step_of(path) > step:
+            set_aside(path, "superseded")

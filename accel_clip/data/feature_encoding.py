@@ -1,0 +1,282 @@
+"""The features of a frozen tower for all training data, encoded once by all processes together.
+
+1. Find the different pictures or captions, by hash, and whether features of exactly these are on disk already.
+2. If not, cut them into chunks; chunk c goes to process c % num_processes.
+3. In each round every process encodes a chunk as the training step does and fills it up with zeros; the rows of all
+   are gathered, and the first process writes them (`feature_cache.py`).
+4. All processes map the finished files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from accel_clip.console import is_first_process, say
+from accel_clip.data.augmentation import evaluation_pixels
+from accel_clip.data.bad_samples import UnusableData, UnusableSample
+from accel_clip.data.captions import hash_of
+from accel_clip.data.decode import decode_picture
+from accel_clip.data.feature_cache import FeatureCache, FeatureWriter, Fingerprint, what_changed
+from accel_clip.data.loader import ignore_interrupt
+from accel_clip.data.sources.base import Pair, Source
+from accel_clip.faults import ConfigError, DataError, StorageError
+from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.build import ClipModel
+from accel_clip.models.names import matches
+from accel_clip.models.towers import length_groups, text_chunks
+
+MOST_ROWS = 256  # that one worker loads for a forward pass: a larger one is no faster
+COST_OF_A_GROUP = 256  # tokens: what a group of captions of one length costs beside its own
+NOUNS = {"image": "pictures", "text": "captions"}
+Loaded = Tensor | UnusableSample | DataError
+
+
+@dataclass(frozen=True)
+class FrozenTower:
+    """A tower that is not trained, and everything that its features depend on.
+
+    side: image or text; model: the wrapped model, called as the step calls it; rows: the most that go through at once.
+    """
+
+    side: str
+    accelerator: Accelerator
+    wrapped: nn.Module
+    model: ClipModel
+    anatomy: Anatomy
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.side not in self.anatomy.frozen:
+            raise ConfigError(
+                f"train.cache_features: the {self.side} tower of this model cannot be run alone: leave it away"
+            )
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return unit-norm features [b, D] of uint8 pictures [b, 3, H, W] or of tokens [b, L], as in training."""
+        if self.side == "image":
+            return self.forward(inputs)
+        if not self.anatomy.trims:
+            return self.forward([inputs])
+        [rows] = text_chunks(inputs, len(inputs), self.anatomy.end)
+        features = self.forward(length_groups(inputs[rows], COST_OF_A_GROUP, self.anatomy.end))
+        return features[rows.argsort().to(features.device)]
+
+    def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """Return the features that the wrapped model gives, without a graph and without waiting for other processes."""
+        given = {self.side: send_to_device(inputs, self.accelerator.device, non_blocking=True)}
+        with torch.no_grad(), self.accelerator.no_sync(self.wrapped):
+            return self.wrapped(**given)[f"{self.side}_features"].float()
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what tells this tower from another one."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.model.clip.state_dict().items()):
+            if matches(self.side, name):
+                weights.update(name.encode())
+                weights.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return {
+            "weights": weights.hexdigest(),
+            "architecture": json.dumps(self.model.model_config, sort_keys=True, default=str),
+            "preprocessing": json.dumps(self.model.preprocess_config, sort_keys=True, default=str),
+            "precision": str(self.accelerator.mixed_precision),
+        }
+
+
+class Items(Dataset[Loaded]):
+    """The different pictures or captions of a source, ready for their tower.
+
+    keys: int64 [n], ascending; what cannot be used is returned as the error: raised in a worker it would lose its type.
+    """
+
+    keys: numpy.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, item: int) -> Loaded:
+        try:
+            return self.load(item)
+        except (UnusableSample, DataError) as error:
+            return error
+
+    def load(self, item: int) -> Tensor:
+        """Return an item as the tower takes it; raises `UnusableSample` and `DataError`."""
+        raise NotImplementedError
+
+
+class DifferentPictures(Items):
+    """The pictures of a source: uint8 [3, H, W] each, those with one key once."""
+
+    def __init__(self, source: Source, pixels: Callable[[Image], Tensor], max_pixels: float) -> None:
+        self.source, self.pixels, self.max_pixels = source, pixels, max_pixels
+        hashes = (hash_of("picture", source.key(sample)) for sample in range(len(source)))
+        self.key_of_sample = numpy.fromiter(hashes, numpy.int64, len(source))
+        self.keys, self.first_sample = numpy.unique(self.key_of_sample, return_index=True)
+
+    def load(self, item: int) -> Tensor:
+        """Return the pixels of a picture."""
+        return self.pixels(decode_picture(self.fetch(item).image, self.max_pixels))
+
+    def fetch(self, item: int) -> Pair:
+        """Return the first pair with a picture; another where that one has a fault of its own, in its caption."""
+        try:
+            return self.source[int(self.first_sample[item])]
+        except UnusableSample:
+            for sample in numpy.flatnonzero(self.key_of_sample == self.keys[item])[1:]:
+                with suppress(UnusableSample):
+                    return self.source[int(sample)]
+            raise
+
+
+class DifferentCaptions(Items):
+    """The captions of a source: tokens, int [L] each, equal captions once."""
+
+    def __init__(self, source: Source, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        found = numpy.array(list(hashed_captions(source)), numpy.int64).reshape(-1, 3)
+        self.keys, first = numpy.unique(found[:, 0], return_index=True)
+        self.places = found[first, 1:]
+
+    def load(self, item: int) -> Tensor:
+        """Return the tokens of a caption."""
+        sample, number = self.places[item]
+        return self.tokenizer([self.source[int(sample)].captions[number]])[0]
+
+
+def hashed_captions(source: Source) -> Iterator[tuple[int, int, int]]:
+    """Yield every caption's hash, its sample, and which of the sample's captions it is."""
+    for sample in range(len(source)):
+        with suppress(UnusableSample):  # the loader will meet it again, and says so then
+            for number, caption in enumerate(source[sample].captions):
+                yield hash_of("caption", caption), sample, number
+
+
+@dataclass(frozen=True)
+class LoadedChunk:
+    """A chunk of items: the usable ones as one tensor, where they stand in it, and what is wrong with the others."""
+
+    inputs: Tensor | None
+    usable: list[int]
+    problems: dict[int, UnusableSample] = field(default_factory=dict)
+
+
+def open_features(
+    tower: FrozenTower, source: Source, max_pixels: float, folder: Path, num_workers: int
+) -> FeatureCache:
+    """Return the features of a frozen tower for all pairs of a source, from disk or encoded now; collective.
+
+    Raises `StorageError` where they cannot be written, or read by every process.
+    """
+    items: Items
+    if tower.side == "image":
+        items = DifferentPictures(source, evaluation_pixels(tower.model.preprocess_config), max_pixels)
+    else:
+        items = DifferentCaptions(source, tower.model.tokenizer)
+    if not len(items):
+        raise DataError(f"data.train: {source.name} holds no usable {NOUNS[tower.side]}")
+    fingerprint = {**tower.fingerprint(), **fingerprint_of(source, items), "max_pixels": max_pixels}
+    if must_encode(tower, folder, fingerprint):
+        say(f"encoding {len(items):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
+        encode_all(tower, items, folder, fingerprint, num_workers)
+    try:
+        return FeatureCache(folder)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{folder}: {error}: every machine of the run must see output_dir, or leave train.cache_features away"
+        ) from error
+
+
+def fingerprint_of(source: Source, items: Items) -> Fingerprint:
+    """Return what tells the items from those of another source."""
+    keys = hashlib.blake2b(items.keys.tobytes(), digest_size=16)
+    return {"source": source.name, "length": len(source), "keys": keys.hexdigest()}
+
+
+def must_encode(tower: FrozenTower, folder: Path, fingerprint: Fingerprint) -> bool:
+    """Return whether the features are not on disk, and say why: the first process looks for all."""
+    changed = what_changed(folder, fingerprint) if tower.accelerator.is_main_process else None
+    [changed] = broadcast_object_list([changed])
+    if changed:
+        say(f"the features in {folder} were computed with other {', '.join(changed)}: they are replaced")
+    elif changed is not None:
+        say(f"the features in {folder} are used again")
+    return changed != []
+
+
+def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fingerprint, num_workers: int) -> None:
+    """Encode the items, each process its share, and write them."""
+    accelerator, num_rows = tower.accelerator, min(tower.rows, MOST_ROWS)
+    width = tower.model.model_config["embed_dim"]
+    writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
+    own_problems: list[tuple[int, UnusableSample]] = []
+    chunks = own_chunks(accelerator, len(items), num_rows)
+    tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
+    loaded = with_progress(load(items, chunks, num_workers))
+    for number, (items_of_chunk, chunk) in enumerate(zip(chunks, loaded, strict=True)):
+        rows = torch.zeros(num_rows, width, device=accelerator.device)
+        if chunk.inputs is not None:
+            rows[chunk.usable] = tower.encode(chunk.inputs)
+        own_problems += [(int(items.keys[items_of_chunk[row]]), each) for row, each in chunk.problems.items()]
+        gathered = accelerator.gather(rows)
+        if writer is not None:
+            writer.append(gathered[: len(items) - number * len(gathered)])
+    problems = gather_object(own_problems)
+    if writer is not None:
+        writer.finish(items.keys, fingerprint, dict(problems))
+    if problems:
+        say(f"{len(problems):,} of {len(items):,} are unusable; the run says so where it meets them")
+    accelerator.wait_for_everyone()
+
+
+def own_chunks(accelerator: Accelerator, num_items: int, num_rows: int) -> list[range]:
+    """Return the items of this process, one chunk a round; in the last round some processes have none."""
+    in_round = num_rows * accelerator.num_processes
+    own = (start + accelerator.process_index * num_rows for start in range(0, num_items, in_round))
+    return [range(min(start, num_items), min(start + num_rows, num_items)) for start in own]
+
+
+def load(items: Items, chunks: Sequence[range], num_workers: int) -> DataLoader[Any]:
+    """Return the loader of these chunks; a generator of its own keeps it from drawing on torch's."""
+    return DataLoader(
+        items,
+        batch_sampler=[list(chunk) for chunk in chunks],
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),
+    )
+
+
+def collate(loaded: list[Loaded]) -> LoadedChunk | DataError:
+    """Return items as one chunk, or the first error that ends the run."""
+    for each in loaded:
+        if isinstance(each, DataError):
+            return each
+    usable = {row: each for row, each in enumerate(loaded) if isinstance(each, Tensor)}
+    problems = {row: each for row, each in enumerate(loaded) if isinstance(each, UnusableSample)}
+    return LoadedChunk(torch.stack(list(usable.values())) if usable else None, list(usable), problems)
+
+
+def with_progress(loader: DataLoader[Any]) -> Iterator[LoadedChunk]:
+    """Yield the chunks behind a progress bar on the first process; raises what a worker could not get over."""
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
+    for chunk in tqdm(loader, unit="chunk", leave=False, disable=not is_first_process(), mininterval=interval):
+        if isinstance(chunk, DataError):
+            raise UnusableData(str(chunk)) from chunk
+        yield chunk

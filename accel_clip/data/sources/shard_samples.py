@@ -1,0 +1,72 @@
+"""The samples of tar shards as arrays: where the picture, the texts and the key of each one lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from accel_clip.data.sources.tar_index import TarIndex
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one thing of every sample lies: offsets and sizes in bytes, int64 [N], both -1 where there is none."""
+
+    offsets: numpy.ndarray
+    sizes: numpy.ndarray
+
+    def of(self, chosen: numpy.ndarray) -> Places:
+        """Return the places of some of the samples."""
+        return Places(self.offsets[chosen], self.sizes[chosen])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a shard, or of all: where their keys, pictures and texts are."""
+
+    keys: Places
+    pictures: Places
+    texts: dict[str, Places]
+    """by extension"""
+
+
+def samples_of(index: TarIndex, pictures: Sequence[str], texts: Sequence[str]) -> Samples:
+    """Return the samples of a shard that have a picture or a text."""
+    ends = index.key_ends.astype(numpy.int64)
+    sizes = numpy.diff(ends, prepend=0)
+    by_extension = {extension: places_of(index, [extension]) for extension in texts}
+    picture = places_of(index, pictures)
+    is_sample = picture.offsets >= 0
+    for places in by_extension.values():
+        is_sample |= places.offsets >= 0
+    chosen = numpy.flatnonzero(is_sample)
+    by_extension = {extension: places.of(chosen) for extension, places in by_extension.items()}
+    return Samples(Places(ends - sizes, sizes).of(chosen), picture.of(chosen), by_extension)
+
+
+def places_of(index: TarIndex, extensions: Sequence[str]) -> Places:
+    """Return where each key's member with the first of the extensions lies; of two with one name the later counts."""
+    offsets, sizes = numpy.full((2, index.num_samples), -1, numpy.int64)
+    for extension in reversed(extensions):
+        if extension in index.extensions:
+            members = index.members[index.members["extension"] == index.extensions.index(extension)]
+            offsets[members["sample"]] = members["offset"]
+            sizes[members["sample"]] = members["size"]
+    return Places(offsets, sizes)
+
+
+def joined(parts: Sequence[Samples], indexes: Sequence[TarIndex]) -> Samples:
+    """Return the samples of all shards; keys are counted from the first shard's first."""
+    starts = numpy.cumsum([0, *(len(index.keys) for index in indexes)])
+    keys = [Places(part.keys.offsets + start, part.keys.sizes) for part, start in zip(parts, starts, strict=False)]
+    texts = {extension: concatenated([part.texts[extension] for part in parts]) for extension in parts[0].texts}
+    present = {extension: places for extension, places in texts.items() if (places.offsets >= 0).any()}
+    return Samples(concatenated(keys), concatenated([part.pictures for part in parts]), present)
+
+
+def concatenated(parts: Sequence[Places]) -> Places:
+    """Return the places of several shards as those of one."""
+    offsets = numpy.concatenate([part.offsets for part in parts])
+    return Places(offsets, numpy.concatenate([part.sizes for part in parts]))

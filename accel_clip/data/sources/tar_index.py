@@ -1,0 +1,189 @@
+"""Where the members of a tar shard lie, kept in a small file so that the shard is gone through once.
+
+1. One pass over the headers lists the members; those with one key (the path up to the first dot of the file name, as
+   in WebDataset) make a sample, in whatever order they stand in the shard.
+2. The index is kept beside the shard, or in the user's cache where that folder takes no files: a line of JSON, then
+   plain arrays. It counts as long as the shard has the size and the time of change that it names.
+
+Processes that start together each begin at another shard and take over what the others have kept meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from accel_clip import console
+from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Member, list_members
+from accel_clip.faults import ConfigError, DataError
+
+FORMAT = "accel-clip tar index"
+VERSION = 1
+SIDE_FILE_SUFFIX = ".accel-clip-index"
+BUFFER_BYTES = 1 << 16
+MEMBER = numpy.dtype([("sample", "<u4"), ("extension", "<u4"), ("offset", "<i8"), ("size", "<i8")])
+KEY_END = numpy.dtype("<u4")
+KEY_AND_EXTENSION = re.compile(rb"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+META = re.compile(rb"__[^/]*__(/|$)")  # what WebDataset notes about a shard itself
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The samples of one shard, in the order in which their first members stand in it."""
+
+    num_bytes: int
+    """size of the shard"""
+    mtime_ns: int
+    """when the shard was last changed"""
+    members: numpy.ndarray
+    """of dtype MEMBER [M]: sample and extension by number, place of the bytes"""
+    key_ends: numpy.ndarray
+    """uint32 [N]: where each sample's key ends in `keys`"""
+    keys: bytes
+    extensions: tuple[str, ...]
+    """in lower case, without the dot before them"""
+    problem: str | None
+    """what is wrong with the shard's end"""
+
+    @property
+    def num_samples(self) -> int:
+        """Return how many keys there are."""
+        return len(self.key_ends)
+
+
+def index_all(paths: Sequence[Path], name: str) -> list[TarIndex]:
+    """Return the indexes of shards, those that are not kept yet built; raises `DataError` for what is no tar."""
+    kept = [load_index(path) for path in paths]
+    missing = [number for number, index in enumerate(kept) if index is None]
+    if missing:
+        console.say(f"{name}: going through {len(missing)} of {len(paths)} shards once, to know where pictures lie")
+    share = int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
+    first = int(len(missing) * share)
+    not_kept = 0
+    for number in missing[first:] + missing[:first]:
+        index = load_index(paths[number])
+        if index is None:
+            index = build_index(paths[number])
+            not_kept += not keep_index(index, paths[number])
+        kept[number] = index
+    if not_kept:
+        console.say(f"{name}: the indexes of {not_kept} shards could not be kept: every start goes through them again")
+    return [index for index in kept if index is not None]
+
+
+def build_index(path: Path) -> TarIndex:
+    """Return the index of a shard after one pass over its headers; raises `DataError` naming the shard."""
+    try:
+        with path.open("rb", buffering=BUFFER_BYTES) as file:
+            status = os.fstat(file.fileno())
+            members, problem = list_members(file, status.st_size)
+            file.seek(0)
+            head = file.read(BLOCK_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    if head.startswith(COMPRESSED):
+        raise ConfigError(f"{path}: the shard is compressed, whatever its name says: unpack it to a plain .tar")
+    if not members and problem and len(head) == BLOCK_BYTES and problem.endswith("byte 0"):
+        raise DataError(f"{path}: not a tar archive ({problem}): get it again, or leave it out of data.train")
+    return group(members, status.st_size, status.st_mtime_ns, problem)
+
+
+def group(members: Sequence[Member], num_bytes: int, mtime_ns: int, problem: str | None) -> TarIndex:
+    """Return members grouped by key; those without an extension belong to no sample."""
+    samples: dict[bytes, int] = {}
+    extensions: dict[str, int] = {}
+    rows = []
+    for member in members:
+        match = KEY_AND_EXTENSION.fullmatch(member.name)
+        if match is None or META.match(member.name):
+            continue
+        extension = match[2].decode(errors="backslashreplace").lower()
+        sample = samples.setdefault(match[1], len(samples))
+        rows.append((sample, extensions.setdefault(extension, len(extensions)), member.offset, member.num_bytes))
+    key_ends = numpy.cumsum([len(key) for key in samples], dtype=KEY_END)
+    table = numpy.array(rows, MEMBER)
+    return TarIndex(num_bytes, mtime_ns, table, key_ends, b"".join(samples), tuple(extensions), problem)
+
+
+def load_index(path: Path) -> TarIndex | None:
+    """Return the index that is kept for a shard as it is now, or None."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    for side_file in side_files(path):
+        with contextlib.suppress(OSError):
+            index = unpack(side_file.read_bytes())
+            if index and (index.num_bytes, index.mtime_ns) == (status.st_size, status.st_mtime_ns):
+                return index
+    return None
+
+
+def keep_index(index: TarIndex, path: Path) -> bool:
+    """Write an index where the next start finds it, in one move; return whether any place takes it."""
+    for side_file in side_files(path):
+        draft = side_file.with_name(f".{side_file.name}.{secrets.token_hex(8)}")
+        try:
+            if side_file.parent != path.parent:
+                side_file.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("xb") as file:
+                file.write(pack(index))
+            draft.replace(side_file)
+            return True
+        except OSError:  # a folder that takes no files: the next place is tried
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+    return False
+
+
+def side_files(path: Path) -> list[Path]:
+    """Return where the index of a shard may be kept: beside it, or in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    digest = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
+    return [path.with_name(path.name + SIDE_FILE_SUFFIX), cache / "accel_clip" / "shards" / digest]
+
+
+def pack(index: TarIndex) -> bytes:
+    """Return an index as bytes: a line of JSON, then members, ends of keys, and keys."""
+    arrays = index.members.tobytes() + index.key_ends.tobytes() + index.keys
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_bytes": index.num_bytes,
+        "mtime_ns": index.mtime_ns,
+        "num_members": len(index.members),
+        "num_samples": index.num_samples,
+        "extensions": index.extensions,
+        "problem": index.problem,
+        "checksum": zlib.crc32(arrays),
+    }
+    return json.dumps(head).encode() + b"\n" + arrays
+
+
+def unpack(raw: bytes) -> TarIndex | None:
+    """Return the index in bytes that `pack` wrote, or None for any other bytes."""
+    line, _, arrays = raw.partition(b"\n")
+    try:
+        head: dict[str, Any] = json.loads(line)
+        if (head["format"], head["version"], head["checksum"]) != (FORMAT, VERSION, zlib.crc32(arrays)):
+            return None
+        num_members, num_samples = head["num_members"], head["num_samples"]
+        members = numpy.frombuffer(arrays, MEMBER, num_members)
+        key_ends = numpy.frombuffer(arrays, KEY_END, num_samples, members.nbytes)
+        keys = arrays[members.nbytes + key_ends.nbytes :]
+        extensions, problem = tuple(head["extensions"]), head["problem"]
+        return TarIndex(head["num_bytes"], head["mtime_ns"], members, key_ends, keys, extensions, problem)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
