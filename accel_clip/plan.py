@@ -144,7 +144,8 @@ def settle_gradient_buckets(place: Workplace) -> None:
     inputs = {name: each for side in place.inputs(1).values() for name, each in side.items()}
     with leaving_no_trace(place):
         sum_of(place.wrapped(**inputs)).backward()
-        place.wrapped(**inputs)
+        with place.accelerator.no_sync(place.wrapped):
+            place.wrapped(**inputs)
 
 
 def try_chunk(place: Workplace, inputs: dict[str, Any]) -> int:
