@@ -12,6 +12,7 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "SOURCES",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -45,6 +46,7 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from accel_clip.config import (
+        CheckpointConfig,
         Config,
         DataConfig,
         EvalConfig,

@@ -1,41 +1,62 @@
-"""What can be known before the hours start: every name and every file that the settings mention."""
+"""What can be known before anything is built: every name and every file that the settings mention."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from accel_clip.config import Config
 from accel_clip.data.sources.resolve import locate
 from accel_clip.plugins import load_plugins
-from accel_clip.run_folder import RunFolder
+from accel_clip.redaction import refuse_credentials
+from accel_clip.resume import check_folder
+
+Check = Callable[[], object]
+"""One look at one setting; it raises when the setting cannot work, whatever the others are."""
 
 
 def check_files(config: Config) -> None:
-    """Raise for a used run folder, a plugin or data that cannot be found; torch is not imported for it."""
-    RunFolder(config.output_dir).refuse_used()
+    """Raise for a run folder, a plugin or data that cannot be used or found; torch is not imported for it."""
+    refuse_credentials(config.to_dict())
+    check_folder(config)
     check_sources(config)
 
 
 def check_sources(config: Config) -> None:
     """Run the plugins and raise for a source that cannot be found."""
     load_plugins(config.plugins)
+    for check in source_checks(config):
+        check()
+
+
+def check_names(config: Config) -> None:
+    """Raise `ConfigError` for an unknown loss, tracker, optimizer, schedule or model, before anything is built."""
+    for check in name_checks(config):
+        check()
+
+
+def source_checks(config: Config) -> Iterator[Check]:
+    """Yield a look at every source that the settings name; plugins that register some must have run."""
     named = {"data.train": config.data.train, "data.val": config.data.val or []}
     if config.eval.zero_shot is not None:
         named["eval.zero_shot"] = [config.eval.zero_shot]
     for setting, items in named.items():
         for item in items:
-            locate(item, setting)
+            yield partial(locate, item, setting)
 
 
-def check_names(config: Config) -> None:
-    """Raise `ConfigError` for an unknown loss, tracker, optimizer, schedule or model, before anything is built."""
+def name_checks(config: Config) -> Iterator[Check]:
+    """Yield a look at every name that stands for code; plugins that register some must have run."""
     from accel_clip.losses.base import build_loss
     from accel_clip.optim.optimizers import check_optimizer
     from accel_clip.optim.schedules import check_schedule
     from accel_clip.tracking import check_trackers
 
-    build_loss(config.loss)
-    check_trackers(config.track.to)
-    check_schedule(config.optim)
-    check_optimizer(config.optim)
+    yield partial(build_loss, config.loss)
+    for name in config.track.to:
+        yield partial(check_trackers, [name])
+    yield partial(check_schedule, config.optim)
+    yield partial(check_optimizer, config.optim)
     from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
 
-    registered_name(config.model.name)
+    yield partial(registered_name, config.model.name)

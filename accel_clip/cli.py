@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from accel_clip import console
-from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest
+from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest, recognised
+from accel_clip.redaction import masked, printable
+from accel_clip.signals import Interruptible, following_launcher
 
 TRAIN_HELP = (
     "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."
 )
 EVAL_HELP = "Evaluate a model on --data.val and --eval.zero_shot. --json prints one JSON object."
+CHECK_HELP = (
+    "Say what a training run with these settings will be, and everything that is wrong with it, in seconds. Beside the "
+    "settings it takes --samples N (pairs to look at, 500), --seconds S (to measure speed for, 10; 0 = not), "
+    "--processes N (that will train, 1) and --json. Ends with exit code 0, 2 (settings) or 3 (data)."
+)
 KINDS = ("losses", "optimizers", "schedules", "sources", "models", "trackers")
 
 
@@ -34,10 +39,10 @@ def train_main() -> int:
 
 def guarded(command: Callable[[], None]) -> int:
     """Run a command and turn its errors into one line and an exit code; what is our own bug keeps its traceback."""
-    signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the loader's workers
     try:
-        command()
+        with Interruptible(), following_launcher(), recognised():
+            command()
     except AccelClipError as error:
         console.error(str(error), from_every_process=not error.on_every_process)
         return error.exit_code
@@ -47,17 +52,11 @@ def guarded(command: Callable[[], None]) -> int:
     return 0
 
 
-def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End the command as Ctrl-C does; further signals are ignored while it cleans up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def dispatch(arguments: list[str]) -> None:
     """Run the command that the first word names."""
     commands = {
         "train": lambda rest: train_command(rest, "accel-clip train"),
+        "check": check_command,
         "eval": eval_command,
         "export": export_command,
         "list": list_command,
@@ -75,6 +74,7 @@ def dispatch(arguments: list[str]) -> None:
 USAGE = """usage: accel-clip COMMAND …
 
   train   train a model; the same as accelerate launch train.py, in one process
+  check   say what a training run will be, and everything that is wrong, before the hours start
   eval    evaluate a model on held-out pairs and labelled pictures
   export  write a run's model as a folder that open_clip loads
   list    list losses, optimizers, schedules, sources, models or trackers
@@ -97,6 +97,33 @@ def train_command(arguments: list[str], program: str) -> None:
     console.say(f"model   {result.export}  (open_clip loads it as 'local-dir:{result.export}')")
     console.say(f"curves  tensorboard --logdir {config.output_dir}")
     console.say(f"next    accel-clip eval --model.name local-dir:{result.export} --data.val YOUR.csv")
+
+
+def check_command(arguments: list[str]) -> None:
+    """Check a training run before it starts."""
+    parser = Parser(prog="accel-clip check", add_help=False, allow_abbrev=False)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options, settings = parser.parse_known_args(arguments)
+    if options.samples < 1 or options.processes < 1 or not 0 <= options.seconds < float("inf"):
+        raise ConfigError("accel-clip check: --samples and --processes must be at least 1, --seconds 0 or more")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("accel-clip check runs in one process: say how many will train by --processes")
+    from accel_clip.preflight.command import check
+    from accel_clip.preflight.layout import lines_of
+
+    report = check(settings, CHECK_HELP, options.samples, options.seconds, options.processes)
+    console.result(json.dumps(report.to_dict()) if options.json else shown("\n".join(lines_of(report))))
+    if report.exit_code:
+        raise SystemExit(report.exit_code)
+
+
+def shown(text: str) -> str:
+    """Return a text without credentials, in characters that the terminal has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable(masked(text)).encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def eval_command(arguments: list[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,8 +16,13 @@ from jsonargparse import ArgumentParser, Namespace, namespace_to_dict, set_parsi
 
 from accel_clip.config import Config
 from accel_clip.faults import ConfigError, StorageError, nearest
+from accel_clip.redaction import texts_in
 
 HELP = ("-h", "--help")
+MOST_BYTES = 1 << 18  # of a --config file, whose settings fill a few thousand; the reader needs seconds for more
+MOST_SHOWN = 400  # characters of a value in a message
+MOST_DEPTH = 100  # lists and dictionaries in one another
+NO_ALIAS = "an alias (*name) is not read, since few of them can stand for billions of values: write the value out"
 
 
 def parse_config(arguments: list[str], program: str, description: str) -> Config:
@@ -37,6 +43,8 @@ def parse_config(arguments: list[str], program: str, description: str) -> Config
         settings = parser.parse_args([*wrap_list_values(flags)], namespace=settings)
     except ArgumentError as error:
         raise ConfigError(one_line(str(error))) from error
+    except RecursionError as error:
+        raise ConfigError("a setting nests too deeply") from error
     return config_from(parser, settings)
 
 
@@ -73,6 +81,7 @@ def config_from(parser: ArgumentParser, settings: Namespace) -> Config:
 
 def take_config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """Split a command line into its `--config` files and its flags, each checked to be a known key."""
+    require_plain(arguments)
     files: list[Path] = []
     flags: list[str] = []
     words = iter(arguments)
@@ -151,6 +160,7 @@ def bracket(value: str) -> str:
 def namespace_of(file: Path) -> dict[str, Any]:
     """Return a YAML file's settings, its keys checked and its bare values put in lists."""
     settings = read_yaml(file)
+    require_plain(text for _, text in texts_in(settings, ""))
     hints = known_keys()
     for key, value in flatten(settings, file):
         if takes_a_list(hints.get(key)) and value is not None and not isinstance(value, list):
@@ -183,20 +193,61 @@ def check_known_in(file: Path, key: str) -> None:
         raise ConfigError(f"{file}: {error}") from None
 
 
+def require_plain(texts: Iterable[str]) -> None:
+    """Raise `ConfigError` for a text that the parser of settings, which reads texts as YAML, must not be given.
+
+    It would write out what aliases stand for, and its reader in C ends the program when values nest too deeply.
+    """
+    for text in texts:
+        if len(text) > MOST_DEPTH or ("*" in text and "&" in text):
+            with suppress(yaml.YAMLError):  # then it is a word like others
+                require_plain_events(yaml.parse(text), text)
+
+
+def require_plain_events(events: Iterator[yaml.Event], text: str) -> None:
+    """Raise `ConfigError` for an alias of a value in a text, and for deep nesting."""
+    depth, anchors = 0, set()
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        name = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent) and name in anchors:
+            raise ConfigError(f"'{shortened(text)}': {NO_ALIAS}")
+        if depth > MOST_DEPTH:
+            raise ConfigError(f"'{shortened(text)}': its values nest too deeply")
+        anchors.add(name)
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a long text."""
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " …"
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key written twice and reads `1e-3` as a number."""
+    """A safe YAML loader that refuses a key written twice and an alias, and reads `1e-3` as a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node; raises `yaml.YAMLError` for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, NO_ALIAS, self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping; raises `yaml.YAMLError` for a key that stands in it twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Hashable] = set()
+        for written, _ in node.value:
+            key = self.construct_object(written, deep=True)
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+            seen.update([key] if isinstance(key, Hashable) else [])
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """A safe YAML dumper that quotes what the loader would read as a number."""
+    """A safe YAML dumper that quotes what the loader would read as a number, and writes no alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Return that every value is written out."""
+        return True
 
 
 for side in (UniqueKeyLoader, Dumper):
@@ -208,8 +259,14 @@ for side in (UniqueKeyLoader, Dumper):
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return what a YAML file holds; plain data only. Raises `ConfigError` where it cannot be read."""
     try:
-        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as opened:
+            raw = opened.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise ConfigError(f"--config {file}: it has more than {MOST_BYTES:,} bytes: name a file of settings")
+        settings = yaml.load(raw.decode(), Loader=UniqueKeyLoader)
+    except RecursionError as error:
+        raise ConfigError(f"--config {file}: its values nest too deeply") from error
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a date that the calendar does not have
         raise ConfigError(f"--config {file}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: {one_line(str(error))}") from error
@@ -227,4 +284,4 @@ def one_line(message: str) -> str:
     text = " ".join(text.split()).replace("NoneType", "null").replace("argument --", "")
     text = re.sub(r"unrecognized arguments: (.*)", r"unknown word '\1': settings are written --key value", text)
     text = re.sub(r"Expected an? (\S+?)\.? Got value: ", r"expected \1, got ", text)
-    return re.sub(r"Does not validate .*? Subtypes: \[(.*?)\] .* Given value: ", r"expected \1, got ", text)
+    return shortened(re.sub(r"Does not validate .*? Subtypes: \[(.*?)\] .* Given value: ", r"expected \1, got ", text))

@@ -156,10 +156,18 @@ class TrainConfig:
     """auto, no, bf16 or fp16; auto = the launcher's, else bf16 or fp16 by what the GPU does natively, no on a CPU"""
     threads: int | None = None
     """CPU threads per process; null = the machine's cores divided by its processes"""
+    timeout: float | None = 45.0
+    """seconds without progress after the first step that end several processes which wait for each other (five times
+    the longest recent step where that is more); null = never"""
     compile: bool = False
     """compile the blocks of the towers by torch.compile: fewer, larger kernels after a start of a minute or more"""
     activation_checkpointing: bool = False
     """keep only the inputs of blocks and run each again in the backward pass: less memory, a quarter more work"""
+    non_finite: str = "stop"
+    """what a loss or gradient that is no finite number does: stop (exit code 4), skip the step, or rollback to the last
+    checkpoint and go on past the batch"""
+    non_finite_limit: int = 5
+    """such steps in a row after which skip and rollback stop too"""
     max_logit_scale: float = 100.0
     """the logit scale (after exp) is clamped to this after every step"""
     cache_features: bool = False
@@ -176,6 +184,11 @@ class TrainConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"train.{key}", value, "it must be at least 1, or null")
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive batch needs at least 2 pairs")
+        wait = self.timeout
+        require(wait is None or positive(wait), "train.timeout", wait, "it must be above 0, or null")
+        policies, limit = ("stop", "skip", "rollback"), self.non_finite_limit
+        require(self.non_finite in policies, "train.non_finite", self.non_finite, f"one of {', '.join(policies)}")
+        require(limit >= 1, "train.non_finite_limit", limit, "it must be at least 1")
         known = ("auto", "no", "bf16", "fp16")
         require(self.precision in known, "train.precision", self.precision, f"it must be one of {', '.join(known)}")
         scale = self.max_logit_scale
@@ -203,6 +216,27 @@ class EvalConfig:
         require(len(self.templates) > 0, "eval.templates", self.templates, "name at least one prompt")
         for template in self.templates:
             require("{}" in template, "eval.templates", template, "every prompt needs {} where the class name goes")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints: how often a run is saved, and whether it goes on from there."""
+
+    every: int | None = None
+    """steps between checkpoints; null = by time alone; the end of a run and a stop asked for are always saved"""
+    minutes: float | None = 10.0
+    """minutes between checkpoints by the first process's clock; null = by steps alone"""
+    keep: int = 3
+    """newest checkpoints that are kept; the best one is kept beside them"""
+    resume: str = "auto"
+    """auto = the run in output_dir goes on; never = a run there is an error; or the path of a step-... folder"""
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, "checkpoint.every", self.every, "it must be at least 1, or null")
+        minutes = self.minutes
+        require(minutes is None or positive(minutes), "checkpoint.minutes", minutes, "it must be above 0, or null")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
+        require(self.resume != "", "checkpoint.resume", self.resume, "it must be auto, never or a path")
 
 
 @dataclass(frozen=True)
@@ -260,6 +294,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     stop: StopConfig = field(default_factory=StopConfig)
 

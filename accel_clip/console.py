@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from accel_clip.redaction import masked, printable
+
 
 def is_first_process() -> bool:
     """Return whether this process speaks for all, judged by the launcher's `RANK` (torch is not needed)."""
@@ -19,7 +21,8 @@ def say(message: str) -> None:
 
 
 def write_line(message: str) -> None:
-    """Write one line to standard error from whichever process this is."""
+    """Write one line to standard error from whichever process this is, without credentials."""
+    message = printable(masked(message))
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         sys.stderr.write(message + "\n")
@@ -49,13 +52,16 @@ class Progress:
 
         self.bar = tqdm(disable=True)
 
-    def open(self, num_steps: int) -> None:
-        """Show the bar of a run."""
+    def open(self, num_steps: int, num_done: int = 0) -> None:
+        """Show the bar of a run of which some steps are done."""
         from tqdm.auto import tqdm
 
         interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
         hidden = not is_first_process()
-        self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, disable=hidden, mininterval=interval)
+        self.bar.close()
+        self.bar = tqdm(
+            total=num_steps, initial=num_done, unit="step", dynamic_ncols=True, disable=hidden, mininterval=interval
+        )
 
     def advance(self) -> None:
         """Count one step."""

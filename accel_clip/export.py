@@ -57,9 +57,13 @@ def export_run(run: Path, folder: Path | None) -> Path:
         raise ConfigError(f"{run} holds no exported model ({source / WEIGHTS} is missing): name the folder of a run")
     model = build_model(ModelConfig(name=f"local-dir:{source}"))
     target = folder or source
-    metrics = json.loads((source / METRICS).read_text(encoding="utf-8"))
-    export_model(target, model, copy_of_weights(model), metrics)
+    export_model(target, model, copy_of_weights(model), read_metrics(source))
     return target
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """Return what was measured of an exported model."""
+    return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
 
 
 def plain_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

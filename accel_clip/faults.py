@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AccelClipError(Exception):
@@ -38,6 +40,27 @@ class StorageError(AccelClipError):
     exit_code = 5
 
 
+class Preempted(AccelClipError):
+    """A run that was asked to stop, and is saved."""
+
+    exit_code = 75
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step} and saved: the same command goes on from there")
+
+
+class PeerEnded(AccelClipError):
+    """A collective that failed because another process of the run is gone; that one knows why."""
+
+    on_every_process = False
+
+
+class WorkerKilled(DataError):
+    """A loader process that something outside this program ended; only its training process knows."""
+
+    on_every_process = False
+
+
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 KILLED_EXIT_CODE = 9  # of a crash that a test asked for
 
@@ -54,6 +77,63 @@ def describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, AccelClipError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def recognised() -> Iterator[None]:
+    """Raise torch's error about a dead process as `PeerEnded` or `WorkerKilled`, wherever in the block it comes up."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = recognise(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+SPEAKS_OF_COLLECTIVES = re.compile(r"gloo|nccl|c10d|SocketImpl|TCPStore", re.IGNORECASE)
+PEER_IS_GONE = re.compile(
+    r"Connection (closed|reset) by peer|Socket closed|Broken pipe|Connection was likely closed"
+    r"|remote process exited|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+WORKER_IS_GONE = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) "
+    r"(?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)"
+)
+SHARED_MEMORY_IS_FULL = re.compile(r"unable to (allocate|resize|mmap|write to) .*(shared memory|/torch_)|Bus error")
+
+
+def recognise(error: RuntimeError) -> AccelClipError | None:
+    """Return what a user should read instead of torch's error about another process that died; None for all others.
+
+    The texts are those of gloo, NCCL, torch's store and its `DataLoader`, which raises from a signal handler: anywhere.
+    """
+    text = "\n".join(str(each) for each in reversed(list(causes(error))))  # the first cause knows most
+    if SHARED_MEMORY_IS_FULL.search(text):
+        return WorkerKilled(
+            "a data worker ran out of shared memory (/dev/shm): enlarge it (docker run --shm-size=8g), lower "
+            "data.workers or data.prefetch, or set data.workers to 0"
+        )
+    worker = WORKER_IS_GONE.search(text)
+    if worker is not None:
+        how = worker["signal"]
+        return WorkerKilled(
+            f"a data worker (process {worker['pid']}) {'was killed: ' + how if how else 'ended by itself'}: most often "
+            "the memory of the machine or its container is short: lower data.workers, data.prefetch or "
+            "train.batch_size; data.workers 0 shows whether a picture crashes the decoder"
+        )
+    if SPEAKS_OF_COLLECTIVES.search(text) and PEER_IS_GONE.search(text):
+        return PeerEnded(f"rank {os.environ.get('RANK', '0')}: another process ended; see its error above")
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on: the loader raises a vaguer one from that of its handler."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

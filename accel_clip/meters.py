@@ -191,6 +191,19 @@ class MeterGroup:
         self.reset()
         return values
 
+    def state_dict(self) -> dict[str, dict[str, list[float]]]:
+        """Return what was taken in since the last reset, as plain numbers that lose no bit in JSON."""
+        means = {name: [meter.val, meter.sum, meter.count] for name, meter in self._means.items()}
+        return {"means": means, "totals": {name: [float(total)] for name, total in self._totals.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, list[float]]]) -> None:
+        """Go on from a state saved by `state_dict`."""
+        self.reset()
+        for name, (value, total, count) in state["means"].items():
+            meter = self._means[name] = AverageMeter(name)
+            meter._val, meter._sum, meter.count = value, total, count
+        self._totals = {name: total for name, (total,) in state["totals"].items()}
+
     def pack(self, device: torch.device) -> Tensor:
         """Return sums, counts, totals and a fingerprint of the names as one vector that adds up over processes."""
         dtype = widest_float(device)

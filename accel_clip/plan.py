@@ -199,6 +199,11 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // num_local_processes()
 
 
+def still_fits(place: Workplace, plan: Plan) -> bool:
+    """Return whether a plan made earlier fits into every process's memory now; collective."""
+    return bool(agreed_minimum(place.accelerator, int(fits(place, plan.micro_batch_size))))
+
+
 def agreed_minimum(accelerator: Accelerator, value: int) -> int:
     """Return the smallest value of all processes."""
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).min())

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from accel_clip import console
 from accel_clip.faults import ConfigError
 
 
@@ -24,6 +25,7 @@ def load_plugins(files: list[str]) -> None:
             raise ConfigError(f"plugins: {file} is not a Python file (its name must end in .py)")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
+        console.say(f"plugins: running {path}")
         try:
             spec.loader.exec_module(module)
         except ConfigError:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import shlex
+import socket
+import sys
+from collections.abc import MutableMapping
+from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
 
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
+from accel_clip.signals import has_launcher
+from accel_clip.watchdog import LONG_SECONDS
 
 
 def check_launch(environment: dict[str, str]) -> None:
@@ -33,6 +42,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     Raises `ConfigError` when the launcher's processes did not find each other, or for a precision this machine lacks.
     """
     check_launch(dict(os.environ))
+    stay_on_this_machine(os.environ)
     set_threads(config.threads)
     allow_tf32()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -42,6 +52,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             cpu=world_size > 1 and torch.accelerator.device_count() < num_local_processes(),
             mixed_precision=choose_precision(config.precision, dict(os.environ)),
             gradient_accumulation_steps=config.accumulate,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONG_SECONDS))],  # behind the watchdog
         )
     except ValueError as error:
         raise ConfigError(f"train.precision: '{config.precision}' does not work on this machine: {error}") from error
@@ -52,6 +63,17 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     refuse_sharding(accelerator)
     return accelerator
+
+
+def stay_on_this_machine(environment: MutableMapping[str, str]) -> None:
+    """Let gloo, which asks nobody who they are, listen on the loopback device alone when no other machine takes part.
+
+    A `GLOO_SOCKET_IFNAME` that is set already stays.
+    """
+    world_size = environment.get("WORLD_SIZE", "1")
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)  # Linux, macOS
+    if world_size != "1" and environment.get("LOCAL_WORLD_SIZE") == world_size and loopback is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:
@@ -92,6 +114,17 @@ def allow_tf32() -> None:
 def num_local_processes() -> int:
     """Return how many processes of the run share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_command() -> str:
+    """Return the command that started this run, with its launcher where there is one."""
+    own = [sys.executable, *sys.argv]
+    if not has_launcher(os.environ):
+        return shlex.join(own)
+    try:
+        return shlex.join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return shlex.join(own)
 
 
 def cores_per_process() -> int:

@@ -35,12 +35,16 @@ def check_trackers(names: list[str]) -> None:
 class Tracking:
     """The trackers of a run; `log` and `log_picture` write on the main process only."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, folder: RunFolder) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: Config, folder: RunFolder, resumed_step: int | None = None
+    ) -> None:
+        """Open the trackers; TensorBoard forgets the points after `resumed_step`, which come anew."""
         self.accelerator, self.folder = accelerator, folder
         others = [name for name in config.track.to if name != "tensorboard"]
         accelerator.log_with = filter_trackers(others, str(folder.path))
         if "tensorboard" in config.track.to:
-            accelerator.log_with.append(TensorBoardTracker("tensorboard", str(folder.path)))
+            purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+            accelerator.log_with.append(TensorBoardTracker("tensorboard", str(folder.path), **purge))
         accelerator.init_trackers("accel_clip")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":

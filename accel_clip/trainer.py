@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accel_clip.check import check_files, check_names
+from accel_clip.checkpoint.find import find_best
+from accel_clip.checkpoint.manifest import Checkpoint
+from accel_clip.checkpoint.restore import load_weights
+from accel_clip.chunks import Plan
 from accel_clip.command_line import save_config
 from accel_clip.config import Config
 from accel_clip.console import Progress, say
@@ -24,10 +29,12 @@ from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order, check_divisible
 from accel_clip.data.pairs import open_pairs
 from accel_clip.data.sources.resolve import open_labelled
+from accel_clip.evaluation.encode import EvaluationInterrupted
 from accel_clip.evaluation.evaluator import Evaluator
-from accel_clip.export import copy_of_weights, export_model
-from accel_clip.faults import NonFiniteError, exit_code_of
+from accel_clip.export import copy_of_weights, export_model, read_metrics
+from accel_clip.faults import ConfigError, NonFiniteError, Preempted, exit_code_of, reached, recognised
 from accel_clip.faults import describe as describe_error
+from accel_clip.health import WAYS_OUT, ChanceWatch, describe_non_finite, gathered_samples, is_finite
 from accel_clip.losses.base import build_loss, total
 from accel_clip.losses.gradient import warn_of_dense_logits
 from accel_clip.meters import MeterGroup, RateMeter
@@ -44,13 +51,18 @@ from accel_clip.models.training_model import (
 )
 from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
 from accel_clip.optim.schedules import build_schedule
-from accel_clip.plan import Workplace, choose_plan, settle_gradient_buckets
-from accel_clip.processes import build_accelerator, choose_workers, describe_processes
+from accel_clip.plan import Workplace, choose_plan, settle_gradient_buckets, still_fits
+from accel_clip.processes import build_accelerator, choose_workers, describe_processes, own_command
 from accel_clip.randomness import derive_seed
+from accel_clip.resume import is_finished
 from accel_clip.run_folder import RunFolder
+from accel_clip.run_state import RunState
+from accel_clip.saving import Saver
+from accel_clip.signals import StopSignals
 from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import EarlyStopping, check_metric
 from accel_clip.tracking import Tracking
+from accel_clip.watchdog import Watchdog
 
 TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
 
@@ -64,22 +76,26 @@ class TrainResult:
     export: Path
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Weights that may be exported, and what was last measured of them."""
-
-    weights: dict[str, Tensor]
-    metrics: dict[str, float]
+class RolledBack(Exception):
+    """A step was not finite, and the run stands at its last checkpoint again."""
 
 
 def train(config: Config) -> TrainResult:
-    """Train a model as the settings say; the whole of `accelerate launch train.py`.
+    """Train a model as the settings say, or go on with the run in `output_dir`; all of `accelerate launch train.py`.
 
-    Raises the errors of `accel_clip.faults`; nothing is written before everything has been found and built.
+    Raises the errors of `accel_clip.faults`; nothing is written before everything has been found and built. A run that
+    is complete is left as it is.
     """
     check_files(config)
+    if is_finished(config):
+        return finished_result(RunFolder(config.output_dir))
     check_names(config)
     return Trainer(config).run()
+
+
+def finished_result(folder: RunFolder) -> TrainResult:
+    """Return where a complete run ended."""
+    return TrainResult(read_metrics(folder.export), folder.read_status()["step"], folder.export)
 
 
 class Trainer:
@@ -94,12 +110,13 @@ class Trainer:
         self.build_model()
         self.build_optimizer()
         self.build_evaluator()
-        self.build_step()
         self.report, self.meters = MeterGroup(), MeterGroup()
         self.rate, self.progress = RateMeter("pairs/s"), Progress()
-        self.step, self.stop_asked = 0, False
-        self.metrics: dict[str, float] = {}
-        self.best: Candidate | None = None
+        self.bad_samples = BadSampleLog(self.folder.bad_samples, config.data.max_bad_fraction)
+        self.state, self.is_best, self.must_save, self.must_stop = RunState(), False, False, False
+        self.chance_watch = ChanceWatch(config.train.batch_size)
+        self.found = self.restore()
+        self.build_step()
 
     def open_data(self) -> None:
         """Open the sources, hold a part out, and fix the order and the length of the run."""
@@ -133,7 +150,11 @@ class Trainer:
         self.trained = [parameter for _, parameter in named if parameter.requires_grad]
         model = keep_buffers_local(TrainingModel(self.model, self.anatomy.separate))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
+        settle_gradient_buckets(self.place)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index))
+        parts = nn.ModuleDict({"clip": clip, "loss": nn.ParameterList(self.loss.parameters())})
+        self.saver = Saver(self.accelerator, self.folder.checkpoints, self.config.checkpoint, parts, self.optimizer)
 
     def build_evaluator(self) -> None:
         """Read the held-out pairs and the labelled pictures, and set up what the run may stop for."""
@@ -148,6 +169,7 @@ class Trainer:
             loss=self.loss,
             max_pixels=config.data.max_pixels,
             num_workers=self.num_workers,
+            is_asked_to_stop=lambda: self.signals.asked is not None,
         )
         stop = config.stop
         if stop.metric is not None and not stop.metric.startswith("loss/"):
@@ -156,49 +178,131 @@ class Trainer:
             None if stop.metric is None else EarlyStopping(stop.metric, stop.mode, stop.patience, stop.min_delta)
         )
 
+    def restore(self) -> Checkpoint | None:
+        """Put the run into the state of its checkpoint and return that, None where there is none."""
+        self.saved_step: int | None = None
+        found = self.saver.find()
+        self.saver.check_space()
+        if found is not None:
+            self.load_state(self.saver.restore(found))
+            self.saved_step = found.step
+            say(f"going on from {found.path}")
+        return found
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds beside weights; raises `ConfigError` when the data is another."""
+        if saved["num_samples"] != self.order.num_samples:
+            raise ConfigError(
+                f"data.train: the run began with {saved['num_samples']} samples and now there are "
+                f"{self.order.num_samples}: bring the data back, or name another output_dir"
+            )
+        self.saved = saved
+        self.state = RunState(**saved["run"])
+        self.meters.load_state_dict(saved["meters"])
+        self.bad_samples.load_state_dict(saved["bad_samples"])
+        if self.stopping is not None and saved["stopping"] is not None:
+            self.stopping.load_state_dict(saved["stopping"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything beside weights that makes a resumed run the uninterrupted one, as plain JSON."""
+        return {
+            "run": self.state.to_dict(),
+            "num_samples": self.order.num_samples,
+            "meters": self.meters.state_dict(),
+            "bad_samples": self.bad_samples.state_dict(),
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
+            "plan": {"made_for": self.plan_settings(), **asdict(self.contrastive_step.plan)},
+            "threads": torch.get_num_threads(),
+            "file_sizes": self.folder.file_sizes(),
+        }
+
     def build_step(self) -> None:
-        """Plan how a batch is cut on this machine."""
-        place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
-        settle_gradient_buckets(place)
-        plan = choose_plan(place, self.config.train)
+        """Plan how a batch is cut on this machine; a run that goes on keeps its plan, and so its last bits."""
+        plan = None if self.found is None else self.kept_plan()
+        plan = plan or choose_plan(self.place, self.config.train)
         warn_of_dense_logits(self.loss, self.config.train.batch_size, self.model.model_config["embed_dim"])
         self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
         side, parts = self.config.cached_tower, (self.accelerator, self.wrapped, self.model, self.anatomy)
         self.frozen_tower = None if side is None else FrozenTower(side, *parts, rows=plan.micro_batch_size)
 
+    def kept_plan(self) -> Plan | None:
+        """Return the plan that the run had, None when it was made for other settings or no longer fits."""
+        if self.config.train.threads is None:
+            torch.set_num_threads(self.saved["threads"])
+        saved = dict(self.saved["plan"])
+        made_for, plan = saved.pop("made_for"), Plan(**saved)
+        if made_for == self.plan_settings() and still_fits(self.place, plan):
+            return plan
+        say("the batch is cut in another way than before: from here on the run is equal to rounding only")
+        return None
+
+    def plan_settings(self) -> dict[str, Any]:
+        """Return what a plan depends on beside the machine's memory."""
+        train = self.config.train
+        asked = {key: getattr(train, key) for key in ("micro_batch_size", "activation_gib", "threads")}
+        return {**asked, "num_processes": self.accelerator.num_processes}
+
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
-        self.create_folder()
-        try:
-            self.start()
-            self.evaluate()
-            self.rate.reset()
-            for batches in self.batches():
-                self.train_step(batches)
-                self.log()
-                self.evaluate()
-                if self.stop_asked:
-                    break
-            return self.finish()
-        except BaseException as error:
-            self.fail(error)
-            raise
+        timeout = self.config.train.timeout if self.accelerator.num_processes > 1 else None
+        with StopSignals() as self.signals, Watchdog(timeout, on_hang=self.note_hang) as self.watchdog:
+            try:
+                with recognised():
+                    self.create_folder()
+                    self.start()
+                    while not self.is_over():
+                        self.go_one_step()
+                    return self.finish()
+            except BaseException as error:
+                self.fail(error)
+                raise
 
     def create_folder(self) -> None:
-        """Create the run folder once every process has found it unused."""
+        """Create the run folder once every process is ready to go."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.create()
+            self.folder.cut_files({} if self.found is None else self.saved["file_sizes"])
             save_config(self.config, self.folder.config)
-            self.folder.write_status("running", self.step)
+            self.folder.write_status("running", self.state.step, command=own_command())
 
     def start(self) -> None:
-        """Open everything that measures the run."""
+        """Open everything that measures the run, and evaluate the model as it is."""
         describe_processes(self.accelerator)
-        self.tracking = Tracking(self.accelerator, self.config, self.folder)
-        self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config.data.max_bad_fraction)
+        resumed = self.found is not None
+        self.tracking = Tracking(self.accelerator, self.config, self.folder, self.state.step if resumed else None)
         self.features = self.open_features()
-        self.progress.open(self.num_steps)
+        self.progress.open(self.num_steps, self.state.step)
+        self.loader = self.open_loader()
+        if self.found is not None:
+            self.saver.restore_random(self.found, self.config.seed)
+        self.evaluate()
+        if self.is_best or (self.config.train.non_finite == "rollback" and self.found is None):
+            self.save()
+        self.stop_if_asked()
+        self.rate.reset()
+        self.watchdog.beat("start")
+
+    def go_one_step(self) -> None:
+        """Take one optimizer step and do what is due after it."""
+        try:
+            self.train_step(self.next_batches())
+        except RolledBack:
+            return
+        reached("step", self.state.step)
+        self.watchdog.beat_step(self.state.step)
+        self.log()
+        self.evaluate()
+        if self.must_save or self.is_best:
+            self.save()
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Save the run and raise `Preempted` when a process was asked to stop, as all know."""
+        if self.must_stop:
+            self.save()
+            self.saver.finish()
+            raise Preempted(self.state.step)
 
     def open_features(self) -> dict[str, FeatureCache]:
         """Return the features of the frozen tower by its side, where they are kept."""
@@ -208,50 +312,105 @@ class Trainer:
         folder = self.folder.features / tower.side
         return {tower.side: open_features(tower, self.pairs, max_pixels, folder, self.num_workers)}
 
-    def batches(self) -> Iterator[list[Batch]]:
-        """Yield what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
-        accelerator, model, train = self.accelerator, self.model, self.config.train
-        num_batches = self.num_steps * train.accumulate
-        places = BatchPlaces(self.order, num_batches, accelerator.process_index, accelerator.num_processes)
-        size, max_pixels = model.preprocess_config["size"], self.config.data.max_pixels
-        pixels = evaluation_pixels(model.preprocess_config) if self.config.data.augmentation == "none" else None
-        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, max_pixels, pixels, self.features)
-        loader = iterate(pairs, places, self.config.data, self.num_workers, accelerator.device.type == "cuda")
-        for _ in range(self.num_steps):
-            start = time.perf_counter()
-            batches = [next(loader) for _ in range(train.accumulate)]
-            self.report.update("data_time", time.perf_counter() - start)
-            yield batches
+    def open_loader(self) -> Iterator[Batch]:
+        """Return this process's part of the contrastive batches that are left."""
+        accelerator, model, data = self.accelerator, self.model, self.config.data
+        num_left = (self.num_steps - self.state.step) * self.config.train.accumulate
+        batches = range(self.state.next_batch, self.state.next_batch + num_left)
+        places = BatchPlaces(self.order, batches, accelerator.process_index, accelerator.num_processes)
+        size = model.preprocess_config["size"]
+        pixels = evaluation_pixels(model.preprocess_config) if data.augmentation == "none" else None
+        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, data.max_pixels, pixels, self.features)
+        return iterate(pairs, places, data, self.num_workers, accelerator.device.type == "cuda")
+
+    def next_batches(self) -> list[Batch]:
+        """Return what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
+        start = time.perf_counter()
+        batches = [next(self.loader) for _ in range(self.config.train.accumulate)]
+        self.report.update("data_time", time.perf_counter() - start)
+        return batches
 
     def train_step(self, batches: list[Batch]) -> None:
-        """Take one optimizer step on the average gradient of the batches."""
+        """Take one optimizer step on the average gradient of the batches, unless it is not finite."""
         self.wrapped.train()
-        self.meters.update("lr", set_learning_rate(self.optimizer, self.schedule.multiplier(self.step)))
+        self.meters.update("lr", set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step)))
         for batch in batches:
             self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
             with self.accelerator.accumulate(self.wrapped):
                 terms = self.contrastive_step(batch)
                 self.report.update("loss", total(terms))
                 self.report.update_all({f"loss/{name}": value for name, value in terms.items()})
-                if self.accelerator.sync_gradients:
-                    limit = self.config.optim.grad_clip or math.inf
-                    self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
-                    self.agree()
-                self.optimizer.step()
+                if not self.accelerator.sync_gradients or self.may_step(batches):
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
         clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)
-        self.step += 1
+        self.state.step += 1
+        self.state.next_batch += len(batches)
         self.rate.update(self.config.train.batch_size * len(batches))
         self.progress.advance()
 
-    def agree(self) -> None:
-        """Bring the processes' reports of a step together, in one reduction before the weights change."""
-        self.report.add("num_bad_samples", len(self.bad_samples.pending))
+    def may_step(self, batches: list[Batch]) -> bool:
+        """Bring the processes' reports of a step together, before the weights change, and say whether they may."""
+        limit = self.config.optim.grad_clip or math.inf
+        self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
+        agreed = self.agree()
+        if is_finite(agreed, self.accelerator.scaler):
+            self.state.num_non_finite = 0
+            self.meters.update_all(agreed)
+            return True
+        self.meet_non_finite(agreed, batches)
+        return self.accelerator.scaler is not None  # which leaves such a step out itself, and lowers its scale
+
+    def agree(self) -> dict[str, float]:
+        """Return what all processes measured in this step, and act on what one of them asks for: one reduction."""
+        asked = {
+            "num_bad_samples": len(self.bad_samples.pending),
+            "num_to_save": self.saver.is_due(self.state.step + 1),
+            "num_failed_saves": self.saver.has_failed(),
+            "num_to_stop": self.signals.asked is not None,
+        }
+        for name, number in asked.items():
+            self.report.add(name, float(number))
         agreed = self.report.reduce(self.accelerator)
         if agreed.pop("num_bad_samples"):
             self.bad_samples.collect(self.accelerator)
-        self.require_finite(agreed)
-        self.meters.update_all(agreed)
+        if agreed.pop("num_failed_saves"):
+            self.saver.finish()
+        self.must_save, self.must_stop = agreed.pop("num_to_save") > 0, agreed.pop("num_to_stop") > 0
+        return agreed
+
+    def meet_non_finite(self, agreed: dict[str, float], batches: list[Batch]) -> None:
+        """Stop, leave the step out, or go back, as `train.non_finite` says; the weights are those before the step."""
+        policy, limit = self.config.train.non_finite, self.config.train.non_finite_limit
+        samples = gathered_samples(self.accelerator, batches)
+        problem = describe_non_finite(self.state.step + 1, agreed, samples)
+        self.state.num_non_finite += 1
+        if policy == "stop" or self.state.num_non_finite > limit:
+            raise NonFiniteError(f"{problem}; {WAYS_OUT}")
+        if policy == "skip":
+            say(f"warning: {problem}; the step is left out")
+            self.meters.update("data_time", agreed.pop("data_time"))
+            self.meters.update_all(dict.fromkeys(agreed, 0.0), n=0)  # known names without a value
+            return
+        self.roll_back(problem)
+
+    def roll_back(self, problem: str) -> None:
+        """Put the run back to its last checkpoint, past the batches of this step; always raises `RolledBack`."""
+        past = self.state.next_batch + self.config.train.accumulate
+        num_non_finite = self.state.num_non_finite
+        self.optimizer.zero_grad()
+        self.saver.finish()
+        found = self.saver.find()
+        assert found is not None, "a run that may be rolled back is saved at its start"
+        self.load_state(self.saver.restore(found))
+        self.saver.restore_random(found, self.config.seed)
+        self.state.next_batch, self.state.num_non_finite = past, num_non_finite
+        say(f"warning: {problem}; back to step {self.state.step}, past that batch")
+        if self.accelerator.is_main_process:
+            self.folder.cut_files(self.saved["file_sizes"])
+        self.loader = self.open_loader()
+        self.progress.open(self.num_steps, self.state.step)
+        raise RolledBack
 
     def log(self) -> None:
         """Write a point when one is due: means over the steps since the last one, over all processes."""
@@ -260,94 +419,118 @@ class Trainer:
             return
         point = self.meters.averages()
         samples_per_second = self.rate.rate
+        samples_per_step = self.config.train.batch_size * self.config.train.accumulate
         point |= {
-            "samples": self.step * self.samples_per_step,
-            "epoch": self.epochs_after(self.step),
+            "samples": self.state.next_batch * self.config.train.batch_size,
+            "epoch": self.epochs,
             "logit_scale": self.model.clip.logit_scale.detach().exp().item(),
             "samples_per_second": samples_per_second,
-            "step_time": self.samples_per_step / samples_per_second - point["data_time"],
+            "step_time": samples_per_step / samples_per_second - point["data_time"],
+            "checkpoint_share": self.saver.share_of_time(),
         }
         self.rate.reset()
+        self.chance_watch.look(self.state.step, point)
         self.progress.show(point)
         self.record(point)
-
-    def require_finite(self, agreed: dict[str, float]) -> None:
-        """Raise `NonFiniteError` for a loss or gradient that is not a number, before it reaches the weights.
-
-        In fp16 a gradient that overflows is met by lowering its scale; it is lost only when the scale has no room left.
-        """
-        scaler = self.accelerator.scaler
-        gradient_is_lost = not math.isfinite(agreed["grad_norm"]) if scaler is None else scaler.get_scale() < 1
-        if gradient_is_lost or not math.isfinite(agreed["loss"]):
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss {agreed['loss']}, gradient norm {agreed['grad_norm']}: lower optim.lr, "
-                "lengthen optim.warmup, or set train.precision to bf16 or no"
-            )
 
     def evaluate(self) -> None:
         """Evaluate when it is due: at step 0, every `eval.every` steps or once an epoch, and at the end."""
         if not self.evaluation_is_due():
             return
+        self.watchdog.patient("evaluation")
         share_running_statistics(self.model.clip)
         with self.rate.paused():
-            self.metrics = self.evaluator.run()
-            self.progress.report(self.step, self.metrics)
-            self.tracking.log_picture(self.step, "retrieval", self.evaluator.picture_grid)
-            self.record(self.metrics)
+            try:
+                self.state.metrics = self.evaluator.run()
+            except EvaluationInterrupted:  # it is made up for when the run goes on
+                self.must_stop = True
+                return
+            self.state.evaluated_step = self.state.step
+            self.progress.report(self.state.step, self.state.metrics)
+            self.tracking.log_picture(self.state.step, "retrieval", self.evaluator.picture_grid)
+            self.record(self.state.metrics)
 
     def record(self, point: dict[str, float]) -> None:
         """Write a point to every tracker, and see whether it is the best one or the last one needed."""
-        self.tracking.log(self.step, point)
+        self.tracking.log(self.state.step, point)
         if self.stopping is not None:
-            verdict = self.stopping.update(point, self.step)
-            self.stop_asked |= verdict.should_stop
+            verdict = self.stopping.update(point, self.state.step)
+            self.state.stop_asked |= verdict.should_stop
             if verdict.is_best:
-                self.best = Candidate(copy_of_weights(self.model), point)
+                self.is_best, self.state.best_metrics = True, point
+
+    def save(self) -> None:
+        """Save the run as it stands after this step, unless that is done."""
+        if self.saved_step == self.state.step and not self.is_best:
+            return
+        self.watchdog.patient("checkpoint")
+        with self.rate.paused():
+            share_running_statistics(self.model.clip)
+            self.saver.save(self.state.step, self.state_dict(), self.is_best)
+        self.saved_step, self.is_best, self.must_save = self.state.step, False, False
 
     def finish(self) -> TrainResult:
-        """Export the best or the last weights and close what is open."""
-        chosen = self.best or Candidate(copy_of_weights(self.model), self.metrics)
+        """Save the end of the run, export the best or the last weights and close what is open."""
+        self.stop_if_asked()
+        self.save()
+        self.saver.finish()
+        weights, metrics = self.chosen()
         if self.accelerator.is_main_process:
-            export_model(self.folder.export, self.model, chosen.weights, chosen.metrics)
-            self.folder.write_status("complete", self.step, exit_code=0)
+            export_model(self.folder.export, self.model, weights, metrics)
+            self.folder.write_status("complete", self.state.step, exit_code=0)
         self.progress.close()
         self.tracking.close()
         if self.bad_samples.counts:
             say(f"unusable samples: {self.bad_samples.summary()}; listed in {self.folder.bad_samples}")
         self.accelerator.end_training()
-        return TrainResult(chosen.metrics, self.step, self.folder.export)
+        return TrainResult(metrics, self.state.step, self.folder.export)
+
+    def chosen(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the weights to export and what was measured of them: the best ones, or the last."""
+        best = find_best(self.folder.checkpoints) if self.stopping is not None else None
+        if best is None or self.state.best_metrics is None:
+            return copy_of_weights(self.model), self.state.metrics
+        prefix = "clip."
+        weights = {
+            name.removeprefix(prefix): each for name, each in load_weights(best).items() if name.startswith(prefix)
+        }
+        return weights, self.state.best_metrics
 
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""
         self.progress.close()
-        known_to_all = getattr(error, "on_every_process", True)
+        known_to_all = getattr(error, "on_every_process", False)
         if self.accelerator.is_main_process or not known_to_all:
-            self.folder.write_failure(self.step, exit_code_of(error), describe_error(error))
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            self.folder.write_end(state, self.state.step, exit_code_of(error), describe_error(error), own_command())
+
+    def note_hang(self, message: str) -> None:
+        """Write down that the run hangs, before the watchdog ends this process."""
+        self.folder.write_end("failed", self.state.step, 1, message, own_command())
 
     @property
-    def samples_per_step(self) -> int:
-        """Return the pairs that one optimizer step sees over all processes."""
-        return self.config.train.batch_size * self.config.train.accumulate
-
-    def epochs_after(self, step: int) -> float:
-        """Return how many epochs have passed after a step."""
-        return step * self.config.train.accumulate / self.order.batches_per_epoch
+    def epochs(self) -> float:
+        """Return how many epochs have passed."""
+        return self.state.next_batch / self.order.batches_per_epoch
 
     def ends_epoch(self) -> bool:
         """Return whether the last step was the first to reach another epoch's end."""
-        return int(self.epochs_after(self.step)) > int(self.epochs_after(self.step - 1))
+        before = max(0, self.state.next_batch - self.config.train.accumulate)
+        return int(self.epochs) > before // self.order.batches_per_epoch
 
     def evaluation_is_due(self) -> bool:
         """Return whether the model is evaluated after this step."""
-        if self.step == 0 or self.is_last() or self.stop_asked:
+        if self.state.evaluated_step == self.state.step:
+            return False
+        if self.state.step == 0 or self.is_over():
             return True
         every = self.config.eval.every
         return self.ends_epoch() if every is None else self.is_due(every)
 
-    def is_last(self) -> bool:
+    def is_over(self) -> bool:
         """Return whether no step is left."""
-        return self.step == self.num_steps
+        return self.state.step >= self.num_steps or self.state.stop_asked
 
     def is_due(self, every: int) -> bool:
         """Return whether something done every so many steps, and at the end, is done after this one."""
-        return self.step % every == 0 or self.is_last()
+        return self.state.step % every == 0 or self.state.step >= self.num_steps

@@ -7,13 +7,17 @@ import io
 import os
 import warnings
 from pathlib import Path
+from random import Random
 
 import numpy
 import pytest
+import torch
 from PIL import EpsImagePlugin, Image
+from torchvision.transforms import RandomResizedCrop
 
+from accel_clip.data.augmentation import random_box, resized
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.decode import decode_part, decode_picture
 
 MAX_PIXELS = 1e6
 ORIENTATION = 0x0112
@@ -258,3 +262,139 @@ def test_files_are_closed(tmp_path):
         with contextlib.suppress(UnusableSample):
             decode_picture(file, MAX_PIXELS)
     assert str(file) not in [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+
+
+# --- a part of a picture, no larger than needed
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return noise with the spectrum of a photograph: its amplitude falls with the frequency to the power of 1.25."""
+    generator = numpy.random.default_rng(seed)
+    frequency = numpy.hypot(numpy.fft.fftfreq(height)[:, None], numpy.fft.rfftfreq(width)[None])
+    frequency[0, 0] = numpy.inf
+    noise = generator.normal(size=(3, *frequency.shape)) + 1j * generator.normal(size=(3, *frequency.shape))
+    values = numpy.fft.irfft2(noise / frequency**1.25, (height, width)).transpose(1, 2, 0)
+    return Image.fromarray(numpy.clip(128 + 50 * values / values.std(), 0, 255).astype(numpy.uint8))
+
+
+def seen_in_training(data: bytes, seed: int, size: tuple[int, int]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return what training sees of a picture, and the same part of the whole one resized by Pillow, int [H, W, 3]."""
+    whole = decode_picture(data, MAX_PIXELS)
+    part = random_box(Random(seed), *whole.size)
+    expected = whole.resize(size, Image.Resampling.BICUBIC, part)
+    found = resized(
+        decode_part(data, MAX_PIXELS, lambda width, height: random_box(Random(seed), width, height), size), size
+    )
+    return found.permute(1, 2, 0).numpy().astype(int), numpy.asarray(expected).astype(int)
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (1100, 900), (333, 501), (225, 230)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_decoded_small_looks_as_if_it_had_been_decoded_whole(width, height, options):
+    data = encoded(photo(width, height), "JPEG", quality=90, **options)
+    found, expected = seen_in_training(data, 1, (224, 224))
+    assert abs(found - expected).mean() < 2
+
+
+def test_real_pictures_decoded_small_look_as_if_they_had_been_decoded_whole(stamps):
+    differences = []
+    for file in sorted(stamps.rglob("*.png"))[::16]:
+        picture = decode_picture(file, MAX_PIXELS)
+        if min(picture.size) >= 100:
+            data = encoded(picture, "JPEG", quality=90)
+            found, expected = seen_in_training(data, 1, (48, 48))
+            differences.append(abs(found - expected).mean())
+    assert len(differences) > 5 and numpy.mean(differences) < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_part_of_a_turned_picture_is_that_part_of_the_upright_one(kind, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(photo(400, 300), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    part = lambda width, height: (width // 8, 0, width // 2, height // 2)  # noqa: E731 - in no middle
+    found = decode_part(data, MAX_PIXELS, part, (40, 40))
+    whole = decode_picture(data, MAX_PIXELS)
+    expected = whole.crop(part(*whole.size))
+    if kind == "JPEG":
+        assert max(found.size) <= max(expected.size) // 2  # it was decoded small
+    else:
+        assert found.size == expected.size
+    difference = numpy.asarray(found.resize((40, 40))).astype(int) - numpy.asarray(expected.resize((40, 40)))
+    assert abs(difference).mean() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("side", "decoded"), [(50, 50), (99, 50), (100, 50), (101, 101), (200, 200), (33, 50), (20, 25)]
+)
+def test_no_fewer_pixels_than_wanted_are_decoded_and_fewer_than_twice_as_many(side, decoded):
+    data = encoded(photo(400, 200), "JPEG")
+    part = decode_part(data, MAX_PIXELS, lambda width, height: (0, 0, width // 2, height), (side, side))
+    assert part.size in {(decoded, decoded), (2 * decoded, 2 * decoded), (4 * decoded, 4 * decoded)}
+    assert part.width >= side and (part.width < 2 * side or part.width == 25)
+
+
+def test_parts_keep_white_below_transparency_and_sixteen_bits():
+    box = lambda width, height: (10, 5, 30, 25)  # noqa: E731
+    hidden = encoded(Image.new("RGBA", (40, 40), (0, 0, 0, 0)))
+    deep = encoded(Image.fromarray(numpy.full((40, 40), 30000, numpy.uint16)))
+    for data, value in ((hidden, 255), (deep, 117)):
+        part = decode_part(data, MAX_PIXELS, box, (8, 8))
+        assert part.size == (20, 20) and (numpy.asarray(part) == value).all()
+        assert (resized(part, (8, 8)) == value).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_small_too(mode):
+    data = encoded(photo(400, 400).convert(mode), "JPEG")
+    found, expected = seen_in_training(data, 0, (100, 100))
+    assert abs(found - expected).mean() < 2
+
+
+def test_a_picture_that_is_handed_over_is_not_shrunk():
+    picture = Image.open(io.BytesIO(encoded(photo(400, 400), "JPEG")))
+    decode_part(picture, MAX_PIXELS, lambda width, height: (0, 0, width, height), (50, 50))
+    assert picture.size == (400, 400)
+    assert numpy.array_equal(decode_picture(picture, MAX_PIXELS), picture)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_a_cut_jpeg_is_unreadable_at_every_scale(share):
+    data = encoded(photo(400, 400), "JPEG")
+    for side in (40, 90, 180, 400):
+        with pytest.raises(UnusableSample) as caught:
+            decode_part(
+                data[: int(len(data) * share)], MAX_PIXELS, lambda width, height: (0, 0, width, height), (side, side)
+            )
+        assert caught.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (3, 2)])
+def test_extreme_shapes_are_cut_and_resized(size):
+    for kind in ("PNG", "JPEG"):
+        data = encoded(Image.new("RGB", size, "red"), kind)
+        part = decode_part(data, MAX_PIXELS, lambda width, height: random_box(Random(0), width, height), (32, 24))
+        assert resized(part, (32, 24)).shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (97, 100), (300, 1000), (1000, 300)])
+def test_random_parts_are_distributed_as_torchvisions(size):
+    width, height = size
+    generator = Random(0)
+    ours = numpy.array([random_box(generator, width, height) for _ in range(4000)])
+    torch.manual_seed(0)
+    shape = torch.empty(1, height, width, device="meta")
+    drawn = (RandomResizedCrop.get_params(shape, [0.9, 1.0], [3 / 4, 4 / 3]) for _ in range(1500))
+    theirs = numpy.array([(left, top, left + w, top + h) for top, left, h, w in drawn])
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] <= size).all()
+    noise = theirs.std(0) * (1 / 4000 + 1 / 1500) ** 0.5
+    assert (abs(ours.mean(0) - theirs.mean(0)) <= 4 * noise + 1e-9).all()
+    assert numpy.allclose(ours.std(0), theirs.std(0), rtol=0.1)
+
+
+def test_resizing_is_pillows_but_for_rounding():
+    picture = photo(301, 207)
+    for size in ((64, 48), (301, 207), (500, 100)):
+        expected = numpy.asarray(picture.resize(size, Image.Resampling.BICUBIC)).astype(int)
+        assert abs(resized(picture, size).permute(1, 2, 0).numpy() - expected).max() <= 1

@@ -492,7 +492,7 @@ def first_batch(file: str, model: ClipModel, columns: tuple[str, ...], num_worke
     source, _ = open_pairs(config, columns)
     order = Order(len(source), len(source), 3)
     pairs = TrainingPairs(source, order, model.tokenizer, 32, 1e6)
-    return next(iterate(pairs, BatchPlaces(order, 1, 0, 1), config, num_workers, False))
+    return next(iterate(pairs, BatchPlaces(order, range(1), 0, 1), config, num_workers, False))
 
 
 def test_stored_features_teach_what_the_running_teacher_teaches(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_features_are_the_models_and_stand_at_their_index(
 ) -> None:
     source = noise_source(70)
     indices = [*range(69, 0, -2), 0]
-    features = encode_pictures(accelerator, model, source, indices, batch_size, MAX_PIXELS, num_workers)
+    features, _ = encode_pictures(accelerator, model, source, indices, batch_size, MAX_PIXELS, num_workers)
     pictures = torch.stack([transform(model, source[index].image) for index in indices])
     captions = [f"number {index}" for index in range(13)]
     texts = encode_captions(accelerator, model, captions, batch_size)
@@ -255,7 +255,7 @@ def test_dropout_is_off_while_encoding(accelerator: Accelerator, tmp_path: Path)
         block.attn.dropout = 0.5
     model.clip.train()
     source = noise_source(4)
-    first, second = (encode_pictures(accelerator, model, source, range(4), 4, MAX_PIXELS, 0) for _ in range(2))
+    first, second = (encode_pictures(accelerator, model, source, range(4), 4, MAX_PIXELS, 0)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -296,7 +296,7 @@ def test_held_out_pairs_count_pictures_and_captions_once(capsys: pytest.CaptureF
     ]
     said = capsys.readouterr().err
     assert "4 pairs, 2 pictures, 3 captions" in said
-    assert "2 without a caption" in said
+    assert "left out: no_caption 2" in said
 
 
 def test_a_held_out_part_without_captions_is_an_error() -> None:
@@ -304,20 +304,72 @@ def test_a_held_out_part_without_captions_is_an_error() -> None:
         read_held_out(ListSource([Pair(noise_picture(0), ())]))
 
 
-def test_an_undecodable_caption_is_left_out_and_a_missing_file_is_an_error() -> None:
-    class Broken(ListSource):
-        reason = "caption_encoding"
+class Broken(ListSource):
+    """Pairs of which number 1 cannot be fetched."""
 
-        def __getitem__(self, index: int) -> Pair:
-            if index == 1:
-                raise UnusableSample(self.reason, "why", "pictures/1.png")
-            return super().__getitem__(index)
+    def __getitem__(self, index: int) -> Pair:
+        if index == 1:
+            raise UnusableSample("missing_file", "why", "pictures/1.png")
+        return super().__getitem__(index)
 
-    source = Broken(noise_source(3).pairs)
-    assert read_held_out(source).indices == [0, 2]
-    source.reason = "missing_file"
-    with pytest.raises(DataError, match=r"pictures/1\.png.*missing_file: why"):
-        read_held_out(source)
+
+def test_pairs_that_cannot_be_fetched_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    source = Broken(noise_source(4).pairs)
+    source.pairs[2] = Pair(noise_picture(2), ("word " * 40_000,))
+    assert read_held_out(source).indices == [0, 3]
+    assert "left out: caption_too_large 1, missing_file 1" in capsys.readouterr().err
+    assert read_labelled(source).indices == [0, 3]
+    assert "1 without a label left out; left out: missing_file 1" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"data\.val.*missing_file 1"):
+        read_held_out(Broken(source.pairs[2:3] + source.pairs[1:2]))
+
+
+def with_broken_pictures(source: ListSource, places: tuple[int, ...]) -> ListSource:
+    """Return the source with bytes that are no pictures at some places."""
+    pairs = [
+        Pair(b"no picture", each.captions, each.label) if index in places else each
+        for index, each in enumerate(source.pairs)
+    ]
+    return ListSource(pairs, source.keys)
+
+
+@pytest.mark.parametrize("broken", [(5,), (2, 3, 16)])
+def test_broken_pictures_are_left_out_with_their_captions(
+    accelerator: Accelerator,
+    model: ClipModel,
+    loss: Loss,
+    capsys: pytest.CaptureFixture[str],
+    broken: tuple[int, ...],
+) -> None:
+    """The metrics are those of the source without the pictures, but for the shape in which they meet the tower."""
+    whole = noise_source(17)
+    kept = [index for index in range(17) if index not in broken]
+    rest = ListSource([whole.pairs[index] for index in kept], [whole.keys[index] for index in kept])
+    source, config = with_broken_pictures(whole, broken), EvalConfig(batch_size=4)
+    evaluator = Evaluator(accelerator, model, config, source, source, loss, MAX_PIXELS, 0)
+    first, second = evaluator.run(), evaluator.run()
+    expected = Evaluator(accelerator, model, config, rest, rest, loss, MAX_PIXELS, 0).run()
+    assert first == second
+    for name, value in expected.items():
+        assert first[name] == pytest.approx(value, rel=1e-5), name
+    said = capsys.readouterr().err
+    assert said.count(f"goes without {len(broken)} of ") == 1  # validation and zero-shot are on one source
+    assert f"unreadable {len(broken)}; the first is {broken[0]}.png" in said
+    assert evaluator.picture_grid() is not None
+
+
+def test_evaluation_without_usable_pictures_is_an_error(
+    accelerator: Accelerator, model: ClipModel, loss: Loss, tmp_path: Path
+) -> None:
+    source = with_broken_pictures(noise_source(3), (0, 1, 2))
+    with pytest.raises(DataError, match=r"a list: evaluation cannot use 2 of 2 pictures: unreadable 2"):
+        Evaluator(accelerator, model, EvalConfig(), source, None, loss, MAX_PIXELS, 0).run()
+    missing = [
+        Pair(tmp_path / "none.png" if index < 3 else each.image, each.captions)
+        for index, each in enumerate(noise_source(5).pairs)
+    ]
+    with pytest.raises(DataError, match=r"3 of 5 pictures: missing_file 3.*is data\.image_root right"):
+        Evaluator(accelerator, model, EvalConfig(), ListSource(missing), None, loss, MAX_PIXELS, 0).run()
 
 
 @pytest.mark.parametrize(("name", "options"), [("clip", {}), ("siglip", {"init_logit_bias": -3.0})])
@@ -358,7 +410,7 @@ def test_zero_shot_agrees_with_open_clip(accelerator: Accelerator, model: ClipMo
     labelled = read_labelled(noise_source(40))
     templates = ["a photo of a {}.", "{}", "the colour {}, I think"]
     classes = class_features(accelerator, model, labelled.classes, templates, batch_size=4)
-    images = encode_pictures(accelerator, model, labelled.source, labelled.indices, 8, MAX_PIXELS, 0)
+    images, _ = encode_pictures(accelerator, model, labelled.source, labelled.indices, 8, MAX_PIXELS, 0)
     metrics = accuracy(accelerator, images, classes, labelled.class_of_picture)
 
     model.clip.eval()
@@ -457,18 +509,36 @@ def evaluate_all(accelerator: Accelerator, model: ClipModel) -> dict:
     places = torch.arange(1000)
     return {
         "metrics": {name: value.hex() for name, value in evaluator.run().items()},
-        "image": encode_pictures(accelerator, model, source, range(17), 4, MAX_PIXELS, 0),
+        "image": encode_pictures(accelerator, model, source, range(17), 4, MAX_PIXELS, 0)[0],
         "text": encode_captions(accelerator, model, [f"number {index}" for index in range(9)], 4),
         "ranks": ranks(accelerator, features, features.roll(1, 1), places, places),
     }
 
 
-def meet_bad_picture(accelerator: Accelerator, model: ClipModel) -> tuple[str, int]:
-    """Encode a source whose picture 6, in the second process's first chunk, cannot be read; return the error."""
-    source = noise_source(17)
-    source.pairs[6] = Pair(b"not a picture", ())
+def meet_bad_picture(accelerator: Accelerator, model: ClipModel) -> dict:
+    """Evaluate a source whose picture 6, in the second process's first chunk, cannot be read."""
+    source, loss = with_broken_pictures(noise_source(17), (6,)), build_loss(LossConfig("clip"))
+    _, problems = encode_pictures(accelerator, model, source, range(17), 4, MAX_PIXELS, 1)
+    metrics = Evaluator(accelerator, model, EvalConfig(batch_size=4), source, source, loss, MAX_PIXELS, 1).run()
+    return {
+        "problems": {place: (problem.reason, problem.path) for place, problem in problems.items()},
+        "metrics": {name: value.hex() for name, value in metrics.items()},
+    }
+
+
+class Failing(ListSource):
+    """Pairs of which number 6 ends the evaluation."""
+
+    def __getitem__(self, index: int) -> Pair:
+        if index == 6:
+            raise DataError("the source is gone")
+        return super().__getitem__(index)
+
+
+def meet_failure(accelerator: Accelerator, model: ClipModel) -> tuple[str, int]:
+    """Encode a source that fails at picture 6, in the second process's first chunk; return the error."""
     try:
-        encode_pictures(accelerator, model, source, range(17), 4, MAX_PIXELS, 1)
+        encode_pictures(accelerator, model, Failing(noise_source(17).pairs), range(17), 4, MAX_PIXELS, 1)
     except DataError as error:
         return str(error), error.exit_code
     return "no error", 0
@@ -483,8 +553,8 @@ def main(folder: Path) -> None:
     own = folder / str(accelerator.process_index)
     own.mkdir()
     model = tiny_model(own)
-    error = meet_bad_picture(accelerator, model)
-    torch.save({"all": evaluate_all(accelerator, model), "error": error}, own / "found.pt")
+    error, bad = meet_failure(accelerator, model), meet_bad_picture(accelerator, model)
+    torch.save({"all": evaluate_all(accelerator, model), "error": error, "bad": bad}, own / "found.pt")
     accelerator.end_training()
 
 
@@ -526,12 +596,19 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
         assert all(torch.equal(found["all"][name], alone[name]) for name in ("image", "text", "ranks"))
 
 
-def test_a_bad_picture_on_one_process_ends_all(found_by_two: list[dict]) -> None:
-    (message, exit_code), other = (found["error"] for found in found_by_two)
-    assert other == (message, exit_code)
-    assert exit_code == 3
-    assert "6.png" in message
-    assert "unreadable" in message
+def test_a_source_that_fails_on_one_process_ends_all(found_by_two: list[dict]) -> None:
+    assert [found["error"] for found in found_by_two] == [("the source is gone", 3)] * 2
+
+
+def test_a_bad_picture_on_one_process_is_left_out_by_all(
+    accelerator: Accelerator, model: ClipModel, found_by_two: list[dict]
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = meet_bad_picture(accelerator, model)
+    torch.set_num_threads(threads)
+    assert alone["problems"] == {6: ("unreadable", "6.png")}
+    assert [found["bad"] for found in found_by_two] == [alone] * 2
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def batches_of(
     order = Order(len(pairs), 5, seed=1)
     pixels = evaluation_pixels(tower.model.preprocess_config)
     data = TrainingPairs(pairs, order, tower.model.tokenizer, 32, 1e6, pixels, features)
-    return list(iterate(data, BatchPlaces(order, 12, 0, 1), DATA, num_workers, pin_memory=False))
+    return list(iterate(data, BatchPlaces(order, range(12), 0, 1), DATA, num_workers, pin_memory=False))
 
 
 def not_called(*_: Any) -> Any:

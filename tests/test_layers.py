@@ -13,11 +13,14 @@ import accel_clip
 
 PACKAGE = Path(accel_clip.__file__).parent
 FLOORS = (
-    ("faults", "meters", "stopping", "randomness", "console"),
-    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint"),
+    (
+        *("faults", "signals", "watchdog", "meters", "stopping", "randomness", "console", "run_state"),
+        *("redaction", "network"),
+    ),
+    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint", "resume"),
     ("data", "models", "optim", "losses"),
-    ("check", "evaluation", "export", "step", "chunks", "plan", "listing"),
-    ("trainer", "plots"),
+    ("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health"),
+    ("trainer", "plots", "preflight"),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -224,9 +224,11 @@ def test_empty_captions_are_none_and_white_space_is_stripped(tmp_path):
     assert captions(opened(path)) == [(), (), ("frog",)]
 
 
-def test_long_captions_are_read(tmp_path):
-    path = write(tmp_path / "pairs.csv", f"image,caption\na.png,{'x' * 3_000_000}\nb.png,y\n")
-    assert [len(text) for (text,) in captions(opened(path))] == [3_000_000, 1]
+def test_a_caption_that_is_too_large_costs_its_row_alone(tmp_path):
+    rows = (f"{name}.png,{'x' * size}\n" for name, size in (("a", 3_000_000), ("b", 65_537), ("c", 65_536), ("d", 1)))
+    source = opened(write(tmp_path / "pairs.csv", "image,caption\n" + "".join(rows)))
+    assert [problem_of(source, index).reason for index in (0, 1)] == ["caption_too_large"] * 2
+    assert [len(source[index].captions[0]) for index in (2, 3)] == [65_536, 1]
 
 
 def test_json_lines_with_lists_missing_and_unlike_cells(tmp_path):

@@ -98,7 +98,7 @@ def build_reference(config: Config) -> dict[str, torch.Tensor]:
     mean = torch.tensor(model.preprocess_config["mean"]).view(1, 3, 1, 1)
     std = torch.tensor(model.preprocess_config["std"]).view(1, 3, 1, 1)
     loss = torch.zeros(())
-    for batch in iterate(data, BatchPlaces(order, 2, 0, 1), config.data, 0, pin_memory=False):
+    for batch in iterate(data, BatchPlaces(order, range(2), 0, 1), config.data, 0, pin_memory=False):
         out = model.clip(image=(batch.image / 255 - mean) / std, text=batch.tokens)
         logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
         labels = torch.arange(len(logits))
@@ -221,19 +221,35 @@ def test_replacements_never_put_a_sample_twice_into_a_batch(table: Path) -> None
     model = build_model(ModelConfig(small_model(table.parent)))
     order = Order(NUM_PAIRS, 10, seed=5)
     pairs = TrainingPairs(source, order, model.tokenizer, 32, 1e6)
-    for batch in iterate(pairs, BatchPlaces(order, 8, 0, 1), DataConfig(), 0, pin_memory=False):
+    for batch in iterate(pairs, BatchPlaces(order, range(8), 0, 1), DataConfig(), 0, pin_memory=False):
         assert len(set(batch.sample.tolist())) == 10
         assert not set(batch.sample.tolist()) & {1, 2, 3, 4, 5, 20, 21, 40}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_stops_the_run_with_its_name(table: Path, workers: int) -> None:
+def test_broken_and_missing_pictures_are_replaced_in_training_and_left_out_of_evaluation(
+    table: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     (table.parent / "7.png").write_bytes((table.parent / "7.png").read_bytes()[:60])
+    (table.parent / "9.png").unlink()
     config = config_for(table)
-    config = replace(config, data=replace(config.data, val_fraction=0, workers=workers))
-    config = replace(config, train=replace(config.train, steps=None, epochs=1))
-    with pytest.raises(DataError, match=r"7\.png.*unreadable"):
-        train(config)
+    data = replace(config.data, val=[str(table)], max_bad_fraction=0.05, workers=workers)
+    config = replace(config, data=data, train=replace(config.train, steps=None, epochs=1))
+    train(config)
+    lines = (Path(config.output_dir) / "bad_samples.jsonl").read_text().splitlines()
+    listed = {each["sample"]: (each["reason"], Path(each["path"]).name) for each in map(json.loads, lines)}
+    assert listed == {7: ("unreadable", "7.png"), 9: ("missing_file", "9.png")}
+    said = capsys.readouterr().err
+    assert "goes without 2 of 48 pictures: missing_file 1, unreadable 1; the first is" in said
+    assert "missing_file 1, unreadable 1; each was replaced" in said
+
+
+def test_a_wrong_image_root_is_asked_about(table: Path) -> None:
+    (table.parent / "elsewhere").mkdir()
+    config = config_for(table)
+    data = replace(config.data, image_root=str(table.parent / "elsewhere"))
+    with pytest.raises(DataError, match=r"missing_file.*is data\.image_root right"):
+        train(replace(config, data=data))
 
 
 def test_chinese_captions_from_gb18030_are_the_same_as_from_utf8(table: Path) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from accel_clip import console
 from accel_clip.faults import DataError, StorageError
+from accel_clip.redaction import masked
 
 SAMPLES_BEFORE_FIRST_LOOK = 1000
+SAMPLES_TO_KNOW_THE_ROOT = 100
+MISSING = "missing_file"
+IS_THE_ROOT_RIGHT = "is data.image_root right? It is the folder that picture paths start from"
 REASONS = (
-    *("unreadable", "too_large", "missing_file", "outside_root", "no_caption", "caption_encoding"),
+    *("unreadable", "too_large", MISSING, "outside_root", "no_caption", "caption_encoding"),
     *("caption_too_large", "truncated_shard"),
 )
 
@@ -30,7 +37,10 @@ class UnusableSample(Exception):
 
 @dataclass(frozen=True)
 class BadSample:
-    """One unusable sample, as it stands in `bad_samples.jsonl`."""
+    """One unusable sample, as it stands in `bad_samples.jsonl`.
+
+    its_turn: whether it stood at the place itself; others were met in search of what may stand there instead.
+    """
 
     source: str
     sample: int | str
@@ -38,6 +48,12 @@ class BadSample:
     path: str | None
     detail: str
     epoch: int
+    its_turn: bool = True
+
+    def line(self) -> str:
+        """Return the sample as a line of JSON; paths in tables are addresses with credentials at times."""
+        written = {name: value for name, value in asdict(self).items() if name != "its_turn"}
+        return masked(json.dumps(written, ensure_ascii=False)) + "\n"
 
 
 class UnusableData(DataError):
@@ -49,43 +65,58 @@ class UnusableData(DataError):
 class BadSampleLog:
     """Counts unusable samples over all processes, lists each once, and stops the run above a ceiling.
 
-    The ceiling is looked at after 1,000 samples and at every epoch's end. Until they can be replaced without a trace,
-    samples that are bad for another reason than a missing caption stop the run at once.
+    `counts` has the different ones by reason. The share of a ceiling is that of the places in the order whose own
+    sample was unusable, anew in every epoch: those that are met in search of a replacement would count twice.
     """
 
     def __init__(self, file: Path, max_bad_fraction: float) -> None:
         self.file, self.max_bad_fraction = file, max_bad_fraction
         self.pending: list[BadSample] = []
-        self.listed: set[tuple[str, int | str]] = set()
-        self.num_seen = 0
-        self.num_met = 0
+        self.listed: dict[tuple[str, int | str], None] = {}  # a dictionary keeps the order, a set does not
+        self.num_seen, self.num_met, self.num_missing = 0, 0, 0
+        self.knows_the_root = False
         self.counts: Counter[str] = Counter()
 
     def meet(self, samples: tuple[BadSample, ...], num_seen: int) -> None:
         """Take note of a batch's unusable samples and of the pairs that all processes saw in it."""
         self.num_seen += num_seen
         self.pending.extend(samples)
-        for bad in samples:
-            if bad.reason != "no_caption":
-                raise UnusableData(f"{bad.path or bad.source}: sample {bad.sample} is {bad.reason}: {bad.detail}")
 
     def collect(self, accelerator: Accelerator) -> None:
         """Count and list what all processes have met since the last call; every process must call it."""
-        everyone = gather_object(self.pending)
-        self.pending = []
-        self.num_met += len(everyone)
-        new = [bad for bad in everyone if (bad.source, bad.sample) not in self.listed]
-        self.counts.update(bad.reason for bad in new)
-        self.listed.update((bad.source, bad.sample) for bad in new)
+        everyone, self.pending = gather_object(self.pending), []
+        new = []
+        for bad in everyone:
+            self.num_met += bad.its_turn
+            self.num_missing += bad.its_turn and bad.reason == MISSING
+            if (bad.source, bad.sample) not in self.listed:
+                self.listed[bad.source, bad.sample] = None
+                self.counts[bad.reason] += 1
+                new.append(bad)
         if new and accelerator.is_main_process:
-            try:
-                with self.file.open("a", encoding="utf-8") as lines:
-                    lines.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in new)
-            except OSError as error:
-                raise StorageError(f"{self.file}: {error}") from error
+            self.write(new)
+
+    def write(self, samples: list[BadSample]) -> None:
+        """Append samples to the file; raises `StorageError`."""
+        try:
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
+                lines.writelines(bad.line() for bad in samples)
+        except OSError as error:
+            raise StorageError(f"{self.file}: {error}") from error
 
     def check(self, epoch_ended: bool) -> None:
-        """Raise `DataError` when too large a share of the samples seen is unusable."""
+        """Raise `DataError` when too large a share of the samples seen is unusable; at an epoch's end, say how many.
+
+        The ceiling is looked at after 1,000 samples and at every epoch's end; after the first 100 samples, or the
+        first epoch if it is shorter, whether more than half of them are missing files. All processes know the same.
+        """
+        if not self.knows_the_root and (epoch_ended or self.num_seen >= SAMPLES_TO_KNOW_THE_ROOT):
+            self.knows_the_root = True
+            if self.num_missing > self.num_seen / 2:
+                raise DataError(
+                    f"{self.num_missing} of the first {self.num_seen} samples are missing files, see {self.file}: "
+                    f"{IS_THE_ROOT_RIGHT}"
+                )
         if not (epoch_ended or self.num_seen >= SAMPLES_BEFORE_FIRST_LOOK):
             return
         if self.num_met > self.max_bad_fraction * self.num_seen:
@@ -93,7 +124,65 @@ class BadSampleLog:
                 f"{self.num_met} of {self.num_seen} samples are unusable ({self.summary()}), more than "
                 f"data.max_bad_fraction = {self.max_bad_fraction} allows: see {self.file}, or raise the setting"
             )
+        if epoch_ended and self.counts:
+            console.say(f"unusable samples up to this epoch's end: {self.summary()}; each was replaced by another")
 
     def summary(self) -> str:
         """Return how many different samples there were by reason."""
-        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.counts.items()))
+        return by_reason(self.counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been counted and listed, for a checkpoint, as plain JSON."""
+        return {
+            "counts": dict(self.counts),
+            "num_seen": self.num_seen,
+            "num_met": self.num_met,
+            "num_missing": self.num_missing,
+            "knows_the_root": self.knows_the_root,
+            "listed": [list(each) for each in self.listed],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; lines that were written after it are dropped: they will be written anew."""
+        self.pending, self.counts = [], Counter(state["counts"])
+        self.num_seen, self.num_met, self.num_missing = state["num_seen"], state["num_met"], state["num_missing"]
+        self.knows_the_root = state["knows_the_root"]
+        self.listed = dict.fromkeys((source, sample) for source, sample in state["listed"])
+        if console.is_first_process():
+            keep_lines(self.file, len(self.listed))
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """Return counts in words, such as `no_caption 2, unreadable 1`."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+
+
+def too_few_usable(what: str, problems: Sequence[BadSample | UnusableSample]) -> DataError:
+    """Return an error that says what cannot be done, the reasons, an example, and what it may come from."""
+    question = f"; {IS_THE_ROOT_RIGHT}" if missing_too_many(problems, len(problems)) else ""
+    return DataError(f"{what}: {reasons_of(problems)}{question}")
+
+
+def missing_too_many(problems: Iterable[BadSample | UnusableSample], num_seen: int) -> bool:
+    """Return whether so many samples are missing files that the folder may be the wrong one: more than half."""
+    return sum(problem.reason == MISSING for problem in problems) > num_seen / 2
+
+
+def reasons_of(problems: Sequence[BadSample | UnusableSample]) -> str:
+    """Return how many problems there are by reason, and the first of them."""
+    first = problems[0]
+    example = f"{first.path}: {first.detail}" if first.path else first.detail
+    return f"{by_reason(Counter(problem.reason for problem in problems))}; the first is {example}"
+
+
+def keep_lines(file: Path, num_lines: int) -> None:
+    """Cut a file off behind its first lines, where it has more; raises `StorageError`."""
+    try:
+        with file.open("r+b") as lines:
+            for _ in range(num_lines):
+                lines.readline()
+            lines.truncate(lines.tell())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{file}: {error}") from error

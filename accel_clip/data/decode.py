@@ -1,12 +1,13 @@
-"""From a picture as it is stored to 8-bit RGB: the same pixels from every source."""
+"""From a picture as it is stored to 8-bit RGB: the same pixels from every source, and no more of them than needed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -14,7 +15,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from accel_clip.data.bad_samples import UnusableSample
 
-Image.init()  # registers every format of Pillow, so that `readable_formats` knows them all
+Box = tuple[int, int, int, int]
+"""left, upper, right and lower edge of a part of a picture, in pixels"""
+
+Image.preinit()  # the usual formats: they are tried first
+Image.init()  # and all others that Pillow has, so that `readable_formats` knows them
 
 PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to an interpreter of programs (Ghostscript): not for pictures of others
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -27,6 +32,11 @@ TURNS = {  # by EXIF orientation, which says where the first stored row and colu
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+LYING = (
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270),
+    *(Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+)
+WITH_SMALLER_COPIES = ("JPEG", "MPO")  # their decoder gives 1/2, 1/4 or 1/8 of the size for much less work
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 DECODING_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError),
@@ -41,14 +51,55 @@ def decode_picture(image: Image.Image | bytes | Path, max_pixels: float) -> Imag
     Raises `UnusableSample` with the reason `unreadable`, `too_large` (seen in the header, before any pixel is decoded)
     or `missing_file`.
     """
+    with readable(image, max_pixels) as picture:
+        picture.load()
+        decoded = to_rgb(turned(picture, turn_of(picture)))
+        decoded.info = {}  # an orientation that is left in there would be applied again
+        return decoded
+
+
+def decode_part(
+    image: Image.Image | bytes | Path, max_pixels: float, choose: Callable[[int, int], Box], size: tuple[int, int]
+) -> Image.Image:
+    """Return a part of a picture that is to be resized to `size` (width, height), decoded as `decode_picture` does.
+
+    choose: from the upright picture's width and height to the part. Where 1/2, 1/4 or 1/8 of a JPEG's size still has
+    `size` pixels in the part, no more are decoded, and the part's edges move to the nearest of these pixels. Raises
+    `UnusableSample` as `decode_picture` does.
+    """
+    with readable(image, max_pixels) as picture:
+        if picture is image or picture.format not in WITH_SMALLER_COPIES:
+            picture.load()
+        turn = turn_of(picture)
+        width, height = reversed(picture.size) if turn in LYING else picture.size
+        left, upper, right, lower = choose(width, height)
+        scale = shrink(picture, min((right - left) / size[0], (lower - upper) / size[1]))
+        decoded = to_rgb(turned(picture, turn))
+    corners = round(left / scale), round(upper / scale), round(right / scale), round(lower / scale)
+    return decoded.crop((*corners[:2], min(corners[2], decoded.width), min(corners[3], decoded.height)))
+
+
+def shrink(picture: Image.Image, pixels_for_one: float) -> int:
+    """Load a picture at 1/2, 1/4 or 1/8 of its size where it can be, and return that 2, 4 or 8, else 1.
+
+    pixels_for_one: how many pixels of the whole picture, in either direction, become one of what is wanted.
+    """
+    width, height = picture.size
+    scale = next(scale for scale in (8, 4, 2, 1) if scale == 1 or pixels_for_one >= scale)
+    if scale > 1 and picture.draft(None, (width // scale, height // scale)) is None:
+        scale = 1
+    picture.load()
+    return scale
+
+
+@contextlib.contextmanager
+def readable(image: Image.Image | bytes | Path, max_pixels: float) -> Iterator[Image.Image]:
+    """Yield a picture of an allowed size with its header read; what Pillow raises becomes `UnusableSample`."""
     path = str(image) if isinstance(image, Path) else getattr(image, "filename", None) or None
     try:
         with pillow_limit(max_pixels), opened(image) as picture:
             require_size(picture, max_pixels, path)
-            picture.load()
-            decoded = to_rgb(upright(picture))
-            decoded.info = {}  # an orientation that is left in there would be applied again
-            return decoded
+            yield picture
     except UnusableSample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -81,6 +132,8 @@ def opened(image: Image.Image | bytes | Path) -> Iterator[Image.Image]:
     if isinstance(image, Image.Image):
         yield image
         return
+    if isinstance(image, Path) and not stat.S_ISREG(image.stat().st_mode):
+        raise UnusableSample("missing_file", "not a file that holds data", str(image))  # a pipe would be waited for
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=readable_formats()) as picture:
         yield picture
 
@@ -118,15 +171,19 @@ def looks_like(image: Image.Image | bytes | Path) -> str:
     return " (it is a Git LFS pointer: run git lfs pull)" if head.startswith(b"version https://git-lfs") else ""
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """Return the picture turned as its EXIF orientation says; broken EXIF says nothing.
+def turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """Return how a picture must be turned by its EXIF orientation; broken EXIF says nothing.
 
     Pillow's `exif_transpose` also writes the EXIF anew, which fails for some pictures that every viewer shows.
     """
     try:
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODING_ERRORS:
-        turn = None
+        return None
+
+
+def turned(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Return a picture turned."""
     return picture if turn is None else picture.transpose(turn)
 
 

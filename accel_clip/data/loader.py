@@ -5,32 +5,35 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from random import Random
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.functional import pil_to_tensor
 
 from accel_clip.config import DataConfig
-from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample
+from accel_clip.data.augmentation import random_box, resized
+from accel_clip.data.bad_samples import (
+    MISSING,
+    SAMPLES_TO_KNOW_THE_ROOT,
+    BadSample,
+    UnusableData,
+    UnusableSample,
+    too_few_usable,
+)
 from accel_clip.data.batch import Batch
 from accel_clip.data.captions import choose_caption, hash_of
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.decode import decode_part, decode_picture
 from accel_clip.data.feature_cache import FeatureCache
-from accel_clip.data.order import Order, no_usable_sample
+from accel_clip.data.order import Order
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.combine import origin
-from accel_clip.faults import DataError
-from accel_clip.randomness import derive_seed, seeded
+from accel_clip.faults import DataError, recognised
+from accel_clip.randomness import derive_seed
 
 MOST_KNOWN_CAPTIONS = 100_000  # about 100 MB; tokenizing costs more than decoding a small picture
-TRAINING_CROP_SCALE = (
-    0.9,
-    1.0,
-)  # share of the picture that is kept; open_clip's default (transform.py, AugmentationCfg)
-
 NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
@@ -79,7 +82,8 @@ class TrainingPairs(Dataset[Example | DataError]):
         self.pixels, self.features = pixels, features or {}
         self.source, self.order, self.tokenizer, self.max_pixels = source, order, tokenizer, max_pixels
         self.known_tokens: dict[str, Tensor] = {}
-        self.crop = RandomResizedCrop(image_size, TRAINING_CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.size = width, height
 
     def __getitem__(self, place: Place) -> Example | DataError:
         """Return the pair at a place; an error is returned too, since raised in a worker it would lose its message."""
@@ -89,14 +93,20 @@ class TrainingPairs(Dataset[Example | DataError]):
             return error
 
     def find(self, place: Place) -> Example:
-        """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any."""
+        """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any.
+
+        The search ends early where nothing but missing files is met: a wrong folder is told before all of it is tried.
+        """
         met: list[BadSample] = []
         for sample in self.order.candidates(place.epoch, place.position):
             try:
-                return self.load(sample, place.epoch, tuple(met[:1]))
+                return self.load(sample, place.epoch, tuple(met))
             except UnusableSample as problem:
-                met.append(self.describe(problem, sample, place.epoch))
-        raise no_usable_sample(place.epoch, place.position)
+                met.append(self.describe(problem, sample, place.epoch, its_turn=not met))
+            if len(met) >= SAMPLES_TO_KNOW_THE_ROOT and all(bad.reason == MISSING for bad in met):
+                break
+        where = f"position {place.position} of epoch {place.epoch}"
+        raise too_few_usable(f"data.train: no sample can be used at {where}", met)
 
     def load(self, sample: int, epoch: int, bad_samples: tuple[BadSample, ...]) -> Example:
         """Return a sample; its caption and augmentation are drawn by (seed, epoch, sample) alone."""
@@ -110,11 +120,10 @@ class TrainingPairs(Dataset[Example | DataError]):
 
     def image_of(self, pair: Pair, sample: int, epoch: int) -> Tensor:
         """Return the pixels of a pair's picture, uint8 [3, H, W]."""
-        picture = decode_picture(pair.image, self.max_pixels)
         if self.pixels is not None:
-            return self.pixels(picture)
-        with seeded(derive_seed(self.order.seed, "augmentation", epoch, sample)):
-            return self.augment(picture)
+            return self.pixels(decode_picture(pair.image, self.max_pixels))
+        choose = partial(random_box, Random(derive_seed(self.order.seed, "augmentation", epoch, sample)))
+        return resized(decode_part(pair.image, self.max_pixels, choose, self.size), self.size)
 
     def tokens_of(self, caption: str) -> Tensor:
         """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
@@ -125,14 +134,10 @@ class TrainingPairs(Dataset[Example | DataError]):
                 self.known_tokens[caption] = tokens
         return tokens
 
-    def augment(self, picture: Image) -> Tensor:
-        """Return a random crop at the model's size, uint8 [3, H, W]."""
-        return pil_to_tensor(self.crop(picture))
-
-    def describe(self, problem: UnusableSample, sample: int, epoch: int) -> BadSample:
+    def describe(self, problem: UnusableSample, sample: int, epoch: int, its_turn: bool) -> BadSample:
         """Return the record of an unusable sample."""
         source, index = origin(self.source, sample)
-        return BadSample(source.name, index, problem.reason, problem.path, problem.detail, epoch)
+        return BadSample(source.name, index, problem.reason, problem.path, problem.detail, epoch, its_turn)
 
 
 def numbers_in(pair: Pair) -> dict[str, Tensor]:
@@ -144,17 +149,17 @@ def numbers_in(pair: Pair) -> dict[str, Tensor]:
 
 
 class BatchPlaces(Sampler[list[Place]]):
-    """The places of one process, batch after batch over all epochs of the run."""
+    """The places of one process in the contrastive batches of the run that are named, over all epochs."""
 
-    def __init__(self, order: Order, num_batches: int, process: int, num_processes: int) -> None:
-        self.order, self.num_batches = order, num_batches
+    def __init__(self, order: Order, batches: range, process: int, num_processes: int) -> None:
+        self.order, self.batches = order, batches
         self.process, self.num_processes = process, num_processes
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Place]]:
-        for batch in range(self.num_batches):
+        for batch in self.batches:
             epoch, positions = self.order.positions(batch, self.process, self.num_processes)
             yield [Place(epoch, position) for position in positions]
 
@@ -178,14 +183,18 @@ def collate(fetched: Sequence[Example | DataError]) -> Batch | DataError:
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the training process, which ends its workers itself."""
+    """Leave Ctrl-C and SIGTERM, which a launcher sends to the whole group, to the training process.
+
+    It may need more batches until it stops, and tells its workers to end itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def iterate(
     pairs: TrainingPairs, places: BatchPlaces, config: DataConfig, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Yield the batches of one process, on the CPU; raises what a worker could not get over.
+    """Yield the batches of one process, on the CPU; raises what a worker could not get over, and `WorkerKilled`.
 
     A generator of its own keeps the loader from drawing on torch's, so that dropout does not depend on the workers.
     """
@@ -199,7 +208,8 @@ def iterate(
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),
     )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise UnusableData(str(item)) from item
-        yield item
+    with recognised():
+        for item in loader:
+            if isinstance(item, DataError):
+                raise UnusableData(str(item)) from item
+            yield item

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy
 
-from accel_clip.faults import ConfigError, DataError
+from accel_clip.faults import ConfigError
 from accel_clip.randomness import derive_seed
 
 
@@ -78,10 +78,3 @@ def check_divisible(batch_size: int, num_processes: int) -> None:
             f"train.batch_size: {batch_size} cannot be divided evenly over {num_processes} processes: "
             f"use {lower + num_processes}{f' or {lower}' if lower else ''}"
         )
-
-
-def no_usable_sample(epoch: int, position: int) -> DataError:
-    """Return the error for a slot of the batch in which no sample can be used."""
-    return DataError(
-        f"data.train: no usable sample is left for position {position} of epoch {epoch}: see bad_samples.jsonl"
-    )

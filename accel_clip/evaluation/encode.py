@@ -5,23 +5,25 @@
 2. In each round every process encodes its chunk and fills it up with zeros to `batch_size` rows.
 3. Gather the round: in rank order the rows are the next items, and what is left over at the end is filling.
 
-Every process ends up with all features. Each chunk meets the tower in the same shape wherever it is encoded.
+Every process ends up with all features. Each chunk meets the tower in the same shape wherever it is encoded, and in
+every evaluation: a picture that cannot be used is black there, and what becomes of it is left out afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import UnusableSample, missing_too_many, too_few_usable
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.loader import ignore_interrupt
 from accel_clip.data.sources.base import Source
@@ -29,7 +31,26 @@ from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
 
+INTERRUPTED = "the evaluation is interrupted"
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
+Problems = dict[int, UnusableSample]
+"""what is wrong with a picture, by its place among those that are encoded"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Pictures ready for the image tower, float32 [n, 3, H, W]; those in `problems` are black."""
+
+    pictures: Tensor
+    problems: Problems = field(default_factory=dict)
+
+    def pin_memory(self) -> Loaded:
+        """Return the pictures in page-locked memory (called by torch's DataLoader)."""
+        return replace(self, pictures=self.pictures.pin_memory())
+
+
+class EvaluationInterrupted(Exception):
+    """Raised on all processes when one of them is asked to stop in the middle of an evaluation."""
 
 
 def encode_pictures(
@@ -40,17 +61,48 @@ def encode_pictures(
     batch_size: int,
     max_pixels: float,
     num_workers: int,
-) -> Tensor:
-    """Return the features of the pictures at `indices` of a source, float32 [N, D] on the CPU of every process.
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, Problems]:
+    """Return the features of the pictures at `indices` of a source, float32 [N, D] on the CPU, and which are unusable.
 
-    Pictures are decoded in full and go through open_clip's evaluation transform. Raises `DataError` on all processes
-    when one of them meets a picture that cannot be used.
+    Pictures are decoded in full and go through open_clip's evaluation transform; the features of an unusable one mean
+    nothing. Every process gets the same. Raises `DataError` on all processes when a source fails on one of them, and
+    `EvaluationInterrupted` when one is asked to stop.
     """
     transform = image_transform_v2(PreprocessCfg(**model.preprocess_config), is_train=False)
     pictures = Pictures(source, transform, max_pixels)
-    own_chunks = [[indices[item] for item in chunk] for chunk in chunks_of(accelerator, len(indices), batch_size)]
-    loaded = load(pictures, own_chunks, num_workers, accelerator.device)
-    return encode(accelerator, model, "image", loaded, len(indices), batch_size)
+    own_items = chunks_of(accelerator, len(indices), batch_size)
+    loaded = load(pictures, [[indices[item] for item in chunk] for chunk in own_items], num_workers, accelerator.device)
+    own_problems: list[tuple[int, UnusableSample]] = []
+    chunks = until_asked(without_problems(loaded, own_items, own_problems), is_asked_to_stop)
+    features = encode(accelerator, model, "image", chunks, len(indices), batch_size)
+    return features, dict(sorted(gather_object(own_problems)))
+
+
+def without_problems(
+    loaded: Iterable[Loaded | str], own_items: Sequence[range], found: list[tuple[int, UnusableSample]]
+) -> Iterator[Tensor | str]:
+    """Yield the chunks of this process as the tower takes them, and add the problems in them to those found."""
+    for items, chunk in zip(own_items, loaded, strict=True):
+        if isinstance(chunk, str):
+            yield chunk
+        else:
+            found += [(items[row], problem) for row, problem in chunk.problems.items()]
+            yield chunk.pictures
+
+
+def until_asked(chunks: Iterable[Tensor | str], is_asked_to_stop: Callable[[], bool]) -> Iterator[Tensor | str]:
+    """Yield chunks until this process is asked to stop, then what ends the evaluation on all of them."""
+    for chunk in chunks:
+        yield INTERRUPTED if is_asked_to_stop() else chunk
+
+
+def usable_places(source: Source, num_pictures: int, problems: Mapping[int, UnusableSample]) -> list[int]:
+    """Return the places of the pictures that can be used; raises `DataError` without any, or when most are missing."""
+    if len(problems) == num_pictures or missing_too_many(problems.values(), num_pictures):
+        what = f"{source.name}: evaluation cannot use {len(problems)} of {num_pictures} pictures"
+        raise too_few_usable(what, list(problems.values()))
+    return [place for place in range(num_pictures) if place not in problems]
 
 
 def encode_captions(accelerator: Accelerator, model: ClipModel, captions: Sequence[str], batch_size: int) -> Tensor:
@@ -98,39 +150,44 @@ def raise_together(accelerator: Accelerator, problem: str | None) -> None:
     """Raise `DataError` on all processes when one of them has a problem, so that none waits for one that is gone."""
     failed = accelerator.gather(torch.tensor([int(problem is not None)], device=accelerator.device))
     if failed.any():
-        raise DataError(next(text for text in gather_object([problem]) if text is not None))
+        text = next(text for text in gather_object([problem]) if text is not None)
+        raise EvaluationInterrupted if text == INTERRUPTED else DataError(text)
 
 
-class Pictures(Dataset[Tensor | str]):
-    """The pictures of a source, ready for the image tower; what cannot be used becomes a text that says why.
+class Pictures(Dataset[Tensor | UnusableSample | str]):
+    """The pictures of a source, ready for the image tower; an error is returned: raised in a worker it loses its type.
 
-    Raised in a worker, an error would lose its type.
+    A text is an error that ends the evaluation.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image], Tensor], max_pixels: float) -> None:
+    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], max_pixels: float) -> None:
         self.source, self.transform, self.max_pixels = source, transform, max_pixels
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> Tensor | UnusableSample | str:
         try:
             return self.transform(decode_picture(self.source[index].image, self.max_pixels))
         except UnusableSample as problem:
-            return describe(self.source, index, problem)
+            return UnusableSample(problem.reason, problem.detail, problem.path or self.source.key(index))
         except DataError as error:
             return str(error)
 
+    def black(self) -> Tensor:
+        """Return what stands for a picture that cannot be used."""
+        return self.transform(Image.new("RGB", (1, 1)))
 
-def describe(source: Source, index: int, problem: UnusableSample) -> str:
-    """Return the line that ends an evaluation which meets an unusable sample."""
-    return (
-        f"{problem.path or source.key(index)}: sample {index} of {source.name} is {problem.reason}: {problem.detail}; "
-        "evaluation needs every picture: repair it, or take it out of the source"
-    )
+    def collate(self, loaded: list[Tensor | UnusableSample | str]) -> Loaded | str:
+        """Return pictures as one tensor, or the first error that ends the evaluation."""
+        for item in loaded:
+            if isinstance(item, str):
+                return item
+        problems = {row: item for row, item in enumerate(loaded) if isinstance(item, UnusableSample)}
+        return Loaded(torch.stack([item if isinstance(item, Tensor) else self.black() for item in loaded]), problems)
 
 
 def load(
     pictures: Pictures, own_chunks: list[list[int]], num_workers: int, device: torch.device
-) -> Iterator[Tensor | str]:
-    """Yield this process's chunks of pictures, float32 [n, 3, H, W] on the device, or what is wrong with one.
+) -> Iterator[Loaded | str]:
+    """Yield this process's chunks of pictures, on the device, or the error that ends the evaluation.
 
     A generator of its own keeps the loader from drawing on torch's, which belongs to the training.
     """
@@ -138,7 +195,7 @@ def load(
     loader = DataLoader(
         pictures,
         batch_sampler=[message for chunk in messages for message in chunk],
-        collate_fn=stack,
+        collate_fn=pictures.collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_interrupt,
@@ -154,18 +211,13 @@ def split(chunk: list[int]) -> list[list[int]]:
     return [chunk[start : start + PICTURES_PER_MESSAGE] for start in range(0, len(chunk), PICTURES_PER_MESSAGE)]
 
 
-def join(messages: list[Tensor | str], device: torch.device) -> Tensor | str:
-    """Return the portions of a chunk as one tensor on the device, or the first problem among them."""
+def join(messages: list[Loaded | str], device: torch.device) -> Loaded | str:
+    """Return the portions of a chunk as one on the device, or the first error among them."""
+    parts, problems, num_pictures = [], {}, 0
     for message in messages:
         if isinstance(message, str):
             return message
-    parts = [message.to(device, non_blocking=True) for message in messages if isinstance(message, Tensor)]
-    return torch.cat(parts)
-
-
-def stack(loaded: list[Tensor | str]) -> Tensor | str:
-    """Return pictures as one tensor, or the first problem among them."""
-    for item in loaded:
-        if isinstance(item, str):
-            return item
-    return torch.stack([item for item in loaded if isinstance(item, Tensor)])
+        problems |= {num_pictures + row: problem for row, problem in message.problems.items()}
+        parts.append(message.pictures.to(device, non_blocking=True))
+        num_pictures += len(message.pictures)
+    return Loaded(torch.cat(parts), problems)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy
 from accelerate import Accelerator
+from torch import Tensor
 
 from accel_clip.config import EvalConfig
+from accel_clip.console import say
+from accel_clip.data.bad_samples import reasons_of
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.sources.base import Source
-from accel_clip.evaluation.encode import encode_captions, encode_pictures
+from accel_clip.evaluation.encode import encode_captions, encode_pictures, usable_places
 from accel_clip.evaluation.examples import GridRow, retrieval_grid
 from accel_clip.evaluation.retrieval import Nearest, names_of_retrieval, nearest_examples, retrieval_metrics
 from accel_clip.evaluation.validation import HeldOutPairs, read_held_out, validation_loss
 from accel_clip.evaluation.zero_shot import LabelledPictures, accuracy, class_features, read_labelled
 from accel_clip.losses.base import Loss
 from accel_clip.models.build import ClipModel
+
+Pictures = TypeVar("Pictures", HeldOutPairs, LabelledPictures)
 
 
 class Evaluator:
@@ -35,6 +42,7 @@ class Evaluator:
         loss: Loss,
         max_pixels: float,
         num_workers: int,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.accelerator, self.model, self.config, self.loss = accelerator, model, config, loss
         self.max_pixels = max_pixels
@@ -45,10 +53,13 @@ class Evaluator:
             batch_size=config.batch_size,
             max_pixels=max_pixels,
             num_workers=num_workers,
+            is_asked_to_stop=is_asked_to_stop,
         )
         self.held_out = None if held_out is None else read_held_out(held_out)
         self.labelled = None if zero_shot is None else read_labelled(zero_shot)
+        self.shown = self.held_out
         self.examples: list[Nearest] = []
+        self.announced: set[str] = set()
 
     def metric_names(self) -> set[str]:
         """Return the names of what `run` will return."""
@@ -58,7 +69,8 @@ class Evaluator:
     def run(self) -> dict[str, float]:
         """Return all metrics of the model as it is now; leaves its training mode and the random state as they were.
 
-        Raises `DataError` for a picture that cannot be used.
+        Pictures that cannot be used are left out, which is said once. Raises `DataError` when no other is left, or when
+        most are missing files.
         """
         validation = {} if self.held_out is None else self.validate(self.held_out)
         classification = {} if self.labelled is None else self.classify(self.labelled)
@@ -67,8 +79,9 @@ class Evaluator:
     def validate(self, pairs: HeldOutPairs) -> dict[str, float]:
         """Return the validation loss and the retrieval metrics; the examples of the picture grid are kept."""
         accelerator, model, batch_size = self.accelerator, self.model, self.config.batch_size
-        images = self.encode_pictures(pairs.source, pairs.indices)
+        images, pairs = self.encode_usable(pairs)
         texts = encode_captions(accelerator, model, pairs.captions, batch_size)
+        self.shown = pairs
         self.examples = nearest_examples(images, texts, pairs.image_of_pair, pairs.text_of_pair)
         loss = validation_loss(accelerator, self.loss, model.clip, images, texts, pairs, batch_size)
         return {
@@ -78,23 +91,35 @@ class Evaluator:
 
     def classify(self, labelled: LabelledPictures) -> dict[str, float]:
         """Return the zero-shot accuracy."""
-        images = self.encode_pictures(labelled.source, labelled.indices)
+        images, labelled = self.encode_usable(labelled)
         config = self.config
         classes = class_features(self.accelerator, self.model, labelled.classes, config.templates, config.batch_size)
         return accuracy(self.accelerator, images, classes, labelled.class_of_picture)
+
+    def encode_usable(self, pictures: Pictures) -> tuple[Tensor, Pictures]:
+        """Return the features of the pictures that can be used, and what is left when the others are taken out."""
+        images, problems = self.encode_pictures(pictures.source, pictures.indices)
+        if not problems:
+            return images, pictures
+        usable = usable_places(pictures.source, len(images), problems)
+        name, reasons = pictures.source.name, reasons_of(list(problems.values()))
+        if name not in self.announced:
+            say(f"evaluation on {name} goes without {len(problems)} of {len(images)} pictures: {reasons}")
+        self.announced.add(name)
+        return images[usable], pictures.only(usable)
 
     def picture_grid(self) -> numpy.ndarray | None:
         """Return the nearest pictures of a few captions as found by the last `run`, uint8 [H, W, 3]; None without any.
 
         No collective: call it where it is shown.
         """
-        if self.held_out is None or not self.examples:
+        if self.shown is None or not self.examples:
             return None
-        return numpy.asarray(retrieval_grid([self.grid_row(self.held_out, example) for example in self.examples]))
+        return numpy.asarray(retrieval_grid([self.grid_row(self.shown, example) for example in self.examples]))
 
     def grid_captions(self) -> list[str]:
         """Return the captions of the picture grid in full, from top to bottom."""
-        return [] if self.held_out is None else [self.held_out.captions[example.text] for example in self.examples]
+        return [] if self.shown is None else [self.shown.captions[example.text] for example in self.examples]
 
     def grid_row(self, pairs: HeldOutPairs, example: Nearest) -> GridRow:
         """Return a caption with its nearest pictures, decoded again."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from accel_clip.console import say
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import UnusableSample, by_reason
+from accel_clip.data.captions import require_size
 from accel_clip.data.sources.base import Source
-from accel_clip.evaluation.encode import describe
 from accel_clip.faults import DataError
 from accel_clip.losses.base import Loss, total
 from accel_clip.losses.precision import ieee_float32
 from accel_clip.randomness import derive_seed
-
-WITHOUT_CAPTION = ("no_caption", "caption_encoding")
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,40 @@ class HeldOutPairs:
     image_of_row: Tensor
     text_of_row: Tensor
 
+    def only(self, pictures: list[int]) -> HeldOutPairs:
+        """Return the pairs of some of the pictures; captions that are left without any go too."""
+        chosen = torch.tensor(pictures)
+        with_picture = torch.isin(self.image_of_pair, chosen)
+        texts = self.text_of_pair[with_picture].unique()
+        rows = torch.isin(self.image_of_row, chosen)
+        return replace(
+            self,
+            indices=[self.indices[place] for place in pictures],
+            captions=[self.captions[text] for text in texts.tolist()],
+            image_of_pair=torch.searchsorted(chosen, self.image_of_pair[with_picture]),
+            text_of_pair=torch.searchsorted(texts, self.text_of_pair[with_picture]),
+            image_of_row=torch.searchsorted(chosen, self.image_of_row[rows]),
+            text_of_row=torch.searchsorted(texts, self.text_of_row[rows]),
+        )
+
 
 def read_held_out(source: Source) -> HeldOutPairs:
-    """Return the pairs of a source that have a caption and say how many there are.
+    """Return the pairs of a source that can be fetched and have a caption, and say how many there are.
 
-    Pairs with one key are one picture, equal texts one caption. Raises `DataError` when no pair has a caption.
+    Pairs with one key are one picture, equal texts one caption. Raises `DataError` when no pair is left. Pictures are
+    not decoded here.
     """
     images: dict[str, int] = {}
     texts: dict[str, int] = {}
     indices: list[int] = []
     rows: list[tuple[int, int]] = []
     pairs: dict[tuple[int, int], None] = {}  # a dictionary keeps the order, a set does not
+    left_out: Counter[str] = Counter()
     for index in range(len(source)):
-        captions = captions_of(source, index)
-        if not captions:
+        try:
+            captions = captions_of(source, index)
+        except UnusableSample as problem:
+            left_out[problem.reason] += 1
             continue
         image = images.setdefault(source.key(index), len(images))
         if image == len(indices):
@@ -59,28 +78,20 @@ def read_held_out(source: Source) -> HeldOutPairs:
         rows.append((image, numbers[0]))
         pairs.update(dict.fromkeys((image, number) for number in numbers))
     if not rows:
-        raise DataError(f"data.val: no pair of {source.name} has a caption: nothing can be evaluated")
-    say_counts(source, len(rows), len(images), len(texts))
+        raise DataError(f"data.val: no pair of {source.name} can be used ({by_reason(left_out)}): nothing is evaluated")
+    counts = f"{len(rows)} pairs, {len(images)} pictures, {len(texts)} captions"
+    say(f"validation on {source.name}: {counts}{f'; left out: {by_reason(left_out)}' if left_out else ''}")
     return HeldOutPairs(
         source, indices, list(texts), *torch.tensor(list(pairs)).unbind(1), *torch.tensor(rows).unbind(1)
     )
 
 
-def captions_of(source: Source, index: int) -> list[str]:
-    """Return the captions of a pair that are not blank; raises `DataError` for a pair that cannot be fetched."""
-    try:
-        return [caption for caption in source[index].captions if caption.strip()]
-    except UnusableSample as problem:
-        if problem.reason in WITHOUT_CAPTION:
-            return []
-        raise DataError(describe(source, index, problem)) from problem
-
-
-def say_counts(source: Source, num_pairs: int, num_pictures: int, num_captions: int) -> None:
-    """Say on what the model is validated, and what was left out."""
-    without = len(source) - num_pairs
-    left_out = f"; {without} without a caption left out" if without else ""
-    say(f"validation on {source.name}: {num_pairs} pairs, {num_pictures} pictures, {num_captions} captions{left_out}")
+def captions_of(source: Source, index: int) -> tuple[str, ...]:
+    """Return the captions of a pair that are not blank; raises `UnusableSample` when there is none."""
+    captions = tuple(caption for caption in source[index].captions if caption.strip())
+    if not captions:
+        raise UnusableSample("no_caption", "the caption is empty or missing")
+    return require_size(captions)
 
 
 def validation_loss(

@@ -6,7 +6,8 @@ Each class name goes into every prompt template; the class is the normalised mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from accel_clip.console import say
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import UnusableSample, by_reason
 from accel_clip.data.sources.base import Source
-from accel_clip.evaluation.encode import describe, encode_captions
+from accel_clip.evaluation.encode import encode_captions
 from accel_clip.evaluation.retrieval import ranks, recall_at
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
@@ -34,13 +35,25 @@ class LabelledPictures:
     classes: list[str]
     class_of_picture: Tensor
 
+    def only(self, pictures: list[int]) -> LabelledPictures:
+        """Return some of the pictures; all classes stay to be told apart."""
+        indices = [self.indices[place] for place in pictures]
+        return replace(self, indices=indices, class_of_picture=self.class_of_picture[pictures])
+
 
 def read_labelled(source: Source) -> LabelledPictures:
-    """Return the labelled pictures of a source and say how many there are.
+    """Return the labelled pictures of a source that can be fetched, and say how many there are.
 
     Raises `DataError` when it has no labels at all.
     """
-    labels = {index: label for index in range(len(source)) if (label := label_of(source, index))}
+    found: dict[int, str | None] = {}
+    left_out: Counter[str] = Counter()
+    for index in range(len(source)):
+        try:
+            found[index] = source[index].label
+        except UnusableSample as problem:
+            left_out[problem.reason] += 1
+    labels = {index: label for index, label in found.items() if label}
     if not labels:
         raise DataError(
             f"eval.zero_shot: {source.name} has no labels: name a folder per class, or set eval.label_key to the "
@@ -48,18 +61,11 @@ def read_labelled(source: Source) -> LabelledPictures:
         )
     classes = sorted(set(labels.values()))
     number = {name: place for place, name in enumerate(classes)}
-    without = len(source) - len(labels)
-    left_out = f"; {without} without a label left out" if without else ""
-    say(f"zero-shot on {source.name}: {len(labels)} pictures of {len(classes)} classes{left_out}")
+    without = len(found) - len(labels)
+    unlabelled = f"; {without} without a label left out" if without else ""
+    unusable = f"; left out: {by_reason(left_out)}" if left_out else ""
+    say(f"zero-shot on {source.name}: {len(labels)} pictures of {len(classes)} classes{unlabelled}{unusable}")
     return LabelledPictures(source, list(labels), classes, torch.tensor([number[label] for label in labels.values()]))
-
-
-def label_of(source: Source, index: int) -> str | None:
-    """Return the label of a picture; raises `DataError` for a sample that cannot be fetched."""
-    try:
-        return source[index].label
-    except UnusableSample as problem:
-        raise DataError(describe(source, index, problem)) from problem
 
 
 def class_features(

@@ -6,8 +6,10 @@ import inspect
 import json
 import logging
 import math
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,22 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config
+from open_clip.factory import get_model_config, load_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
 from accel_clip.faults import ConfigError, DataError, nearest
+from accel_clip.network import go_offline_without_hub
 
 TINY = Path(__file__).parent / "tiny.json"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
+TOWER_WEIGHTS = ("pretrained_image_path", "pretrained_text_path")
+ARCHITECTURE = ("embed_dim", "vision_cfg", "text_cfg")
+BROKEN_WEIGHTS = (
+    *(RuntimeError, AttributeError, LookupError, ValueError, EOFError, StopIteration, RecursionError, SafetensorError),
+)
+"""What the readers of weights raise for files that hold none, or those of another model."""
 NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
 
 
@@ -44,19 +54,31 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
     """
     name = registered_name(config.name)
     options = creation_options(config)
+    if needs_hub(name, config.pretrained):
+        go_offline_without_hub()
     model_config = resolved_config(name, options)
     if needs_logit_bias and "init_logit_bias" not in model_config:
         start = {"init_logit_bias": SIGLIP_LOGIT_BIAS}
         if not has_weights(config):
             start["init_logit_scale"] = math.log(SIGLIP_LOGIT_SCALE)
         options, model_config = {**start, **options}, {**start, **model_config}
-    clip = create(name, config, options)
+    with tensors_alone():
+        check_tower_weights(options)
+        clip = create(name, config, options)
     if not has_weights(config):
         initialise_decoder(clip)
     if needs_logit_bias and has_weights(config):
         fill_missing_bias(clip, model_config)
-    tokenizer = open_clip.get_tokenizer(name, context_length=options.get("force_context_length"))
+    tokenizer = build_tokenizer(name, options.get("force_context_length"))
     return ClipModel(clip, tokenizer, model_config, dict(clip.visual.preprocess_cfg))
+
+
+def needs_hub(name: str, pretrained: str | None) -> bool:
+    """Return whether a model's parts may come from the Hugging Face Hub: weights, description or tokenizer."""
+    if name.startswith("hf-hub:") or (pretrained is not None and not Path(pretrained).is_file()):
+        return True
+    text = read_config(name)["text_cfg"]
+    return not name.startswith("local-dir:") and bool(text.get("hf_tokenizer_name") or text.get("hf_model_name"))
 
 
 def registered_name(name: str) -> str:
@@ -83,16 +105,35 @@ def register_json(file: Path) -> str:
     """Return the name of a model that is described in a JSON file of open_clip's form."""
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: {file} cannot be read: {error}") from error
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in described]
-    if missing:
-        raise ConfigError(f"model.name: {file} lacks {', '.join(missing)}: open_clip needs all three to build a model")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"model.name: {file} cannot be read: {one_line(error)}") from error
+    require_architecture(described, str(file))
     known = get_model_config(file.stem)
     if known is not None and known != described:
         raise ConfigError(f"model.name: {file} has the name of another model, '{file.stem}': rename the file")
     register_file(file)
     return file.stem
+
+
+def require_architecture(described: Any, name: str) -> None:
+    """Raise `ConfigError` unless a model's description has its three parts, and loads no code."""
+    if not isinstance(described, dict):
+        raise ConfigError(f"model.name: {name} does not describe a model: it must be a JSON object")
+    missing = [key for key in ARCHITECTURE if not isinstance(described.get(key), dict if "cfg" in key else int)]
+    if missing:
+        raise ConfigError(f"model.name: {name} lacks {', '.join(missing)}: open_clip needs all three to build a model")
+    if trusts_remote_code(described):
+        raise ConfigError(
+            f"model.name: {name} asks for 'trust_remote_code', which would run programs that somebody else wrote: "
+            "use a model whose code is in transformers"
+        )
+
+
+def trusts_remote_code(value: Any) -> bool:
+    """Return whether nested settings tell `transformers` to run code that comes with a model or tokenizer."""
+    if isinstance(value, dict):
+        return bool(value.get("trust_remote_code")) or any(trusts_remote_code(inner) for inner in value.values())
+    return isinstance(value, (list, tuple)) and any(trusts_remote_code(inner) for inner in value)
 
 
 def register_file(file: Path) -> None:
@@ -131,6 +172,10 @@ def resolved_config(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if options.get("force_context_length") is not None:
         text["context_length"] = options["force_context_length"]
     config.update({key: value for key, value in options.items() if key not in creation})
+    if trusts_remote_code(config):
+        raise ConfigError(
+            "model.options: 'trust_remote_code' would run programs that somebody else wrote: leave it out"
+        )
     return config
 
 
@@ -140,7 +185,7 @@ def read_config(name: str) -> dict[str, Any]:
         config = get_model_config(name.replace("/", "-") if ":" not in name else name)
     except Exception as error:  # the hub client raises errors of many libraries; all mean that it cannot be had
         raise DataError(f"model.name: {name}: {one_line(error)}") from error
-    assert config is not None, name
+    require_architecture(config, name)
     return config
 
 
@@ -161,25 +206,76 @@ def create(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
             f"model.pretrained: '{pretrained}' is no file and no tag of '{name}'{nearest(pretrained, tags) or ';'} "
             f"tags: {known}"
         )
+    what = f"model.pretrained: '{pretrained}'" if pretrained else f"model.name: '{config.name}'"
     logging.getLogger().addFilter(_is_not_random_notice)
     try:
-        return open_clip.create_model(name, pretrained, output_dict=True, **options)
+        return open_clip.create_model(
+            name, pretrained, output_dict=True, **{"require_pretrained": has_weights(config), **options}
+        )
     except TypeError as error:
         raise ConfigError(
             f"model.options: {config.options} does not suit '{config.name}': {one_line(error)}"
         ) from error
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"model.pretrained: '{pretrained}' holds more than tensors, which loading it would run: use a .safetensors "
-            "file, or save its state dict alone"
-        ) from error
-    except (RuntimeError, AttributeError, KeyError, ValueError) as error:
-        what = f"model.pretrained: '{pretrained}'" if pretrained else f"model.name: '{config.name}'"
-        raise (DataError if pretrained in tags else ConfigError)(f"{what}: {one_line(error)}") from error
+        raise more_than_tensors(what) from error
+    except BROKEN_WEIGHTS as error:
+        is_download = pretrained in tags or name.startswith("hf-hub:")
+        raise (DataError if is_download else ConfigError)(f"{what}: {one_line(error)}") from error
     except OSError as error:
         raise DataError(f"model.name: '{config.name}' cannot be downloaded or read: {one_line(error)}") from error
     finally:
         logging.getLogger().removeFilter(_is_not_random_notice)
+
+
+@contextmanager
+def tensors_alone() -> Iterator[None]:
+    """Keep `torch.load` to tensors, whichever library calls it and whatever the environment allows."""
+    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def check_tower_weights(options: dict[str, Any]) -> None:
+    """Raise `ConfigError` for weights of a tower that cannot be read: open_clip would go on with random ones."""
+    for key in TOWER_WEIGHTS:
+        file = options.get(key)
+        if file is None:
+            continue
+        try:
+            load_state_dict(file)
+        except pickle.UnpicklingError as error:
+            raise more_than_tensors(f"model.options.{key}: '{file}'") from error
+        except (*BROKEN_WEIGHTS, TypeError, OSError) as error:
+            raise ConfigError(f"model.options.{key}: '{file}': {one_line(error)}") from error
+
+
+def more_than_tensors(what: str) -> ConfigError:
+    """Return the error for pickled weights that torch refuses to load."""
+    return ConfigError(
+        f"{what} holds more than tensors, which loading it would run: use a .safetensors file, or save its state dict "
+        "alone"
+    )
+
+
+def build_tokenizer(name: str, context_length: int | None) -> Callable[[list[str]], Tensor]:
+    """Return the tokenizer of a model; one that brings code of its own is refused, without a question.
+
+    Raises `DataError` where it cannot be downloaded or read.
+    """
+    own = {"trust_remote_code": False} if read_config(name)["text_cfg"].get("hf_tokenizer_name") else {}
+    try:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name, context_length=context_length, **own)
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, ImportError) as error:
+        raise DataError(f"model.name: the tokenizer of '{name}' cannot be had: {one_line(error)}") from error
+    return tokenizer
 
 
 def _is_not_random_notice(record: logging.LogRecord) -> bool:
@@ -202,5 +298,5 @@ def initialise_decoder(clip: Any) -> None:
 
 def one_line(error: Exception) -> str:
     """Return an error's text on one line of readable length."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:400] + " …"

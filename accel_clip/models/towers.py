@@ -24,6 +24,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional
 
+from accel_clip.models.last_block import can_run_at, encode_first_token, pools_first_token, run_at
 from accel_clip.randomness import seeded
 
 LARGEST_DIFFERENCE = 1e-5  # between unit-norm features at full and at trimmed length; rounding in float32 is near 1e-7
@@ -33,6 +34,8 @@ RATE_NAMES = ("p", "prob")  # what modules named ...Drop... call their rate, bes
 
 def encode_image(clip: Any, pixels: Tensor) -> Tensor:
     """Return unit-norm features [b, D] of normalised pictures, float [b, 3, H, W]."""
+    if isinstance(clip, (CLIP, CustomTextCLIP)) and pools_first_token(clip.visual):
+        return functional.normalize(encode_first_token(clip.visual, pixels), dim=-1)
     return clip.encode_image(pixels, normalize=True)
 
 
@@ -199,8 +202,10 @@ def pooled_text(tower: Any, tokens: Tensor, embedded: Tensor) -> Tensor:
     length = tokens.shape[1]
     mask = tower.attn_mask[:length, :length].contiguous()  # attention kernels ask for whole rows
     placed = embedded + tower.positional_embedding[:length].to(embedded.dtype)
-    hidden = tower.ln_final(tower.transformer(placed, attn_mask=mask))
     name, end = pooling(tower)
+    if can_run_at(tower.transformer):
+        return tower.ln_final(run_at(tower.transformer, placed, caption_lengths(tokens, end) - 1, mask))[:, 0]
+    hidden = tower.ln_final(tower.transformer(placed, attn_mask=mask))
     return text_global_pool(hidden, tokens, name, eos_token_id=end)
 
 

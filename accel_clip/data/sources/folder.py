@@ -10,6 +10,7 @@ import pyarrow
 
 from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.table import READERS, Columns, TableSource, open_table
 from accel_clip.data.text_files import decode_text, decodes, guess_encoding, require_text_encoding
@@ -42,7 +43,12 @@ class CaptionFiles(TableSource):
         if not written:
             return ()
         try:
-            text = decode_text(self.file(written[0]).read_bytes(), self.encodings)
+            file = self.file(written[0])
+            if not file.is_file():  # reading a pipe would wait for ever
+                raise UnusableSample("no_caption", f"{written[0]} is no file", written[0])
+            if (num_bytes := file.stat().st_size) > LARGEST_CAPTION_BYTES:
+                raise caption_too_large(f"the file takes {num_bytes:,} bytes", written[0])
+            text = decode_text(file.read_bytes(), self.encodings)
         except OSError as error:
             raise UnusableSample("no_caption", f"{written[0]}: {error.strerror or error}", written[0]) from error
         except UnicodeDecodeError as error:
@@ -65,8 +71,9 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
         [pyarrow.array(column, text) for column in (pictures, captions, labels)], ["image", "caption_file", "label"]
     )
     if options.needs == "captions" and any(captions):
-        encodings = caption_encodings(folder, sorted({name for name in captions if name}), options.encoding)
-        return CaptionFiles(str(folder), table, folder, limit_of(folder, options), encodings)
+        names, limit = sorted({name for name in captions if name}), limit_of(folder, options)
+        encodings = caption_encodings(folder, names, options.encoding, limit)
+        return CaptionFiles(str(folder), table, folder, limit, encodings)
     require_classes(folder, pictures)
     return TableSource(str(folder), table, Columns("image", ("label",), "label"), folder, limit_of(folder, options))
 
@@ -77,7 +84,7 @@ def list_files(folder: Path) -> list[str]:
     Links to folders are followed, each folder once. Raises `DataError` for a folder that cannot be read.
     """
     found: list[str] = []
-    seen: set[str] = set()
+    seen = {str(above) for above in folder.resolve().parents}  # a link up there would lead through the whole disk
     for current, folders, names in os.walk(folder, onerror=unreadable_folder, followlinks=True):
         real = os.path.realpath(current)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
@@ -114,18 +121,28 @@ def caption_files(pictures: list[str], files: list[str]) -> list[str | None]:
     return [by_stem.get(os.path.splitext(name)[0]) for name in pictures]
 
 
-def caption_encodings(folder: Path, names: list[str], encoding: str | None) -> tuple[str, ...]:
+def caption_encodings(folder: Path, names: list[str], encoding: str | None, limit: Path) -> tuple[str, ...]:
     """Return the encodings that captions are tried with: the given one, else UTF-8 and then what some look like."""
     require_text_encoding(encoding)
     if encoding is not None:
         return (encoding,)
     step = len(names) // CAPTION_FILES_TO_LOOK_AT + 1
-    contents = [(folder / name).read_bytes() for name in names[::step]]
+    contents = [raw for name in names[::step] if (raw := small_content(folder / name, limit)) is not None]
     guess = guess_encoding(line for raw in contents if not decodes(raw) for line in raw.splitlines(keepends=True))
     if guess is None:
         return ("utf-8",)
     console.say(f"{folder}: captions that are not UTF-8 are read as {guess}; if they look wrong, set data.encoding")
     return ("utf-8", guess)
+
+
+def small_content(file: Path, limit: Path) -> bytes | None:
+    """Return the bytes of a file, None for one that holds no captions or lies outside: said when it is fetched."""
+    try:
+        real = file.resolve()
+        small = real.is_file() and real.stat().st_size <= LARGEST_CAPTION_BYTES
+        return real.read_bytes() if small and real.is_relative_to(limit.resolve()) else None
+    except OSError:
+        return None
 
 
 def limit_of(folder: Path, options: SourceOptions) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from accel_clip.data.sources.base import SOURCES, Source
 from accel_clip.faults import DataError
+from accel_clip.network import go_offline_without_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME_AND_SPLIT = re.compile(r"(?P<name>.+?)(:(?P<split>[^:/\\\[\]]+(\[[^\]]*\])?))?")
 DEFAULT_SPLIT = "train"
+UNPICKLING = "pandas"  # the one reader of `datasets` that unpickles, whatever lies in the current folder
 
 
 @SOURCES.register("hf")
@@ -26,6 +28,8 @@ def open_hub(argument: str, options: SourceOptions) -> Source:
         raise DataError(f"'hf:{argument}' names no dataset: write hf:org/name or hf:org/name:split")
     name, split = match["name"], match["split"] or DEFAULT_SPLIT
     local = Path(name).expanduser()
+    if not local.is_dir():
+        go_offline_without_hub()
     dataset = load_hub(str(local) if local.is_dir() else name, split)
     return source_of(dataset, f"hf:{argument}", local if local.is_dir() else cache_folder(), options)
 
@@ -40,9 +44,11 @@ def load_hub(name: str, split: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    if name == UNPICKLING:
+        raise DataError(f"hf:{name} is no dataset but a reader of pickled tables, which run programs: save a .parquet")
     try:
         return load_dataset(name, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a script instead of data
         raise DataError(f"hf:{name}:{split} cannot be loaded: {first_line(error)}") from error
 
 

@@ -19,11 +19,12 @@ import numpy
 
 from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.shard_names import find_shards
 from accel_clip.data.sources.shard_reader import ShardReader
 from accel_clip.data.sources.shard_samples import Samples, joined, samples_of
-from accel_clip.data.sources.table import CAPTION_COLUMNS, LABEL_COLUMNS, storable, usual_column
+from accel_clip.data.sources.table import CAPTION_COLUMNS, LABEL_COLUMNS, parts_of, storable, usual_column
 from accel_clip.data.sources.tar_index import TarIndex, index_all
 from accel_clip.data.text_files import decode_text, require_text_encoding
 from accel_clip.faults import ConfigError, DataError, nearest
@@ -36,7 +37,6 @@ CAPTION_EXTENSIONS = ("txt",)
 LABEL_EXTENSIONS = ("cls", "label")
 RECORD = "json"
 LARGEST_PICTURE_BYTES = 1 << 30
-LARGEST_TEXT_BYTES = 1 << 16
 NUM_RECORDS_TO_LOOK_AT = 20
 MOST_NAMES_SHOWN = 20
 MOST_LINES = 10
@@ -165,9 +165,8 @@ class TarShards:
             int(places.sizes[index]),
             f"{self.identity(index)}.{extension}",
         )
-        if num_bytes > LARGEST_TEXT_BYTES:
-            detail = f"the member takes {num_bytes:,} bytes, and at most {LARGEST_TEXT_BYTES:,} are read"
-            raise UnusableSample("caption_too_large", detail, path)
+        if num_bytes > LARGEST_CAPTION_BYTES:
+            raise caption_too_large(f"the member takes {num_bytes:,} bytes", path)
         try:
             return decode_text(self.reader.read(shard, offset, num_bytes), self.encodings)
         except UnicodeDecodeError as error:
@@ -237,10 +236,8 @@ def names_from_common_folder(paths: Sequence[str]) -> list[str]:
 
 def texts_in(value: Any) -> list[str]:
     """Return the texts in a JSON value: one, or those in a list; objects and what is no text have none."""
-    if isinstance(value, list):
-        return [text for part in value for text in texts_in(part)]
-    is_text = isinstance(value, (str, int)) and not isinstance(value, bool)
-    return [storable(str(value))] if is_text else []
+    parts = (part for part in parts_of(value) if isinstance(part, (str, int)) and not isinstance(part, bool))
+    return [storable(str(part)) for part in parts]
 
 
 def require_texts(source: TarShards, rule: TextRule | None, present: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import pyarrow
 from pyarrow import types
 
 from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.captions import require_size
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.numbers import numbers_of, usual_width
 from accel_clip.data.text_files import open_text
@@ -34,7 +35,8 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 LABEL_COLUMNS = ("label", "class", "category", "class_name")
 ROWS_AT_ONCE = 1000  # ten times as many take twice as long, most of it in the garbage collector
 HASHED_PIECE_BYTES = 4096
-LONGEST_CELL = 2**31 - 1  # characters; Python's csv stops at 131,072 unless told otherwise
+LONGEST_CELL = 1 << 24  # characters; Python's csv stops at 131,072 unless told otherwise
+LONGEST_LINE = 1 << 26  # characters; a longer one is no table, and would fill the memory
 REMOTE = ("http://", "https://", "s3://", "gs://")
 
 
@@ -93,9 +95,9 @@ class TableSource:
         return self.file(path) if content is None else bytes(content)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return a row's captions without surrounding white space, empty ones left out."""
+        """Return a row's captions without surrounding white space, empty ones left out; raises `UnusableSample`."""
         found = (text.strip() for column in self.columns.captions for text in self.texts(column, index))
-        return tuple(text for text in found if text)
+        return require_size(tuple(text for text in found if text))
 
     def label(self, index: int) -> str | None:
         """Return a row's label, or None when it has none."""
@@ -223,16 +225,26 @@ def holds_bytes(kind: pyarrow.DataType) -> bool:
 
 def texts_in(value: Any) -> list[str]:
     """Return the texts in a cell: none in an empty one, several in a list; raises `UnusableSample` for broken bytes."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, (list, tuple)):
-        return [text for part in value for text in texts_in(part)]
-    if isinstance(value, bytes):
+    texts = []
+    for part in parts_of(value):
+        if part is None or (isinstance(part, float) and math.isnan(part)):
+            continue
         try:
-            return [value.decode()]
+            texts.append(part.decode() if isinstance(part, bytes) else str(part))
         except UnicodeDecodeError as error:
             raise UnusableSample("caption_encoding", str(error)) from error
-    return [str(value)]
+    return texts
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """Yield what nested lists hold, in order; they may nest deeper than Python calls do."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (list, tuple)):
+            waiting.extend(reversed(part))
+        else:
+            yield part
 
 
 def path_from(root: str, path: str) -> str:
@@ -262,7 +274,7 @@ def read_delimited(path: Path, encoding: str | None) -> pyarrow.Table:
     """Return a .csv or .tsv as columns of strings, in which NA and null are words; raises `DataError` with the line."""
     csv.field_size_limit(LONGEST_CELL)
     with open_text(path, encoding) as file:
-        separator = "\t" if path.suffix.lower() == ".tsv" else find_separator(file.readline())
+        separator = "\t" if path.suffix.lower() == ".tsv" else find_separator(file.readline(LONGEST_LINE))
         file.seek(0)
         rows = delimited_rows(file, separator, path)
         header = [name.strip() for name in next(rows, [])]
@@ -283,7 +295,7 @@ def find_separator(header: str) -> str:
 
 def delimited_rows(file: TextIO, separator: str, path: Path) -> Iterator[list[str]]:
     """Yield the header and the rows, which must be as long; blank lines are passed over."""
-    reader = csv.reader(file, delimiter=separator, strict=True)
+    reader = csv.reader(lines_of(file, path), delimiter=separator, strict=True)
     width, line = None, 1
     try:
         for row in reader:
@@ -301,6 +313,16 @@ def delimited_rows(file: TextIO, separator: str, path: Path) -> Iterator[list[st
             f"{path}: the row that begins in line {line} cannot be read ({error}): a cell that begins with a quote "
             'must end with one, and a quote inside of it is written twice ("")'
         ) from error
+
+
+def lines_of(file: TextIO, path: Path) -> Iterator[str]:
+    """Yield the lines of a file; raises `DataError` for one that is too long for a row of a table."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise DataError(f"{path}: line {number} has more than {LONGEST_LINE:,} characters: is it a table?")
+        yield line
 
 
 def require_header(header: list[str], path: Path) -> None:
@@ -326,7 +348,7 @@ def read_json_lines(path: Path, encoding: str | None) -> pyarrow.Table:
 
 def json_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
     """Yield the object of every line; blank lines are passed over, and NaN is an empty cell."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(lines_of(file, path), start=1):
         if not line.strip():
             continue
         try:
@@ -349,7 +371,7 @@ def text_columns(rows: list[dict[str, Any]]) -> pyarrow.Table:
 
 def holds_objects(value: Any) -> bool:
     """Return whether a JSON value is or contains an object."""
-    return isinstance(value, dict) or (isinstance(value, list) and any(holds_objects(part) for part in value))
+    return any(isinstance(part, dict) for part in parts_of(value))
 
 
 def storable(text: str) -> str:

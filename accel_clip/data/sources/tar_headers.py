@@ -13,6 +13,7 @@ from typing import BinaryIO
 BLOCK_BYTES = 512
 ZEROS = bytes(BLOCK_BYTES)
 LONGEST_EXTENSION_BYTES = 1 << 20
+MOST_SIZE_DIGITS = 18  # of numbers that surely fit in 64 bits
 REGULAR = frozenset(b"0\x007")
 WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: whatever size their header claims
 LONG_NAME, LONG_LINK, PAX, GLOBAL_PAX, SPARSE = b"LKxgS"
@@ -150,7 +151,7 @@ def extend(extended: Extended, header: Header, content: bytes) -> Extended:
         return extended
     records = pax_records(content)
     written = records.get(b"size")
-    if written is not None and not written.isdigit():
+    if written is not None and not (written.isdigit() and len(written) <= MOST_SIZE_DIGITS):
         raise BrokenHeader("there is a broken extended header")
     size = extended.num_bytes if written is None else int(written)
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in records)

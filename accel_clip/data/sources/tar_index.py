@@ -183,7 +183,9 @@ def unpack(raw: bytes) -> TarIndex | None:
         members = numpy.frombuffer(arrays, MEMBER, num_members)
         key_ends = numpy.frombuffer(arrays, KEY_END, num_samples, members.nbytes)
         keys = arrays[members.nbytes + key_ends.nbytes :]
-        extensions, problem = tuple(head["extensions"]), head["problem"]
+        extensions, problem = tuple(map(str, head["extensions"])), head["problem"]
+        if (members["sample"] >= num_samples).any():
+            return None
         return TarIndex(head["num_bytes"], head["mtime_ns"], members, key_ends, keys, extensions, problem)
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

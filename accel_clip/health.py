@@ -1,0 +1,76 @@
+"""Signs that a run has gone wrong: numbers that are not finite, a loss that learns nothing, features that collapse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from accel_clip.console import say
+from accel_clip.data.batch import Batch
+
+SAMPLES_SHOWN = 16
+STEPS_BEFORE_A_JUDGEMENT = 200
+CHANCE_MARGIN = 0.02  # below ln(batch), in nats: a loss that has learnt anything is further down
+COLLAPSED_COSINE = 0.98
+WAYS_OUT = (
+    "lower optim.lr, lengthen optim.warmup, set train.precision to bf16 or no, or let train.non_finite skip or "
+    "rollback such steps (in another output_dir)"
+)
+
+
+def is_finite(agreed: dict[str, float], scaler: Any | None) -> bool:
+    """Return whether the loss and the gradient of a step are finite, as all processes agree.
+
+    In fp16 a gradient that overflows is met by lowering its scale; it is lost only when the scale has no room left.
+    """
+    gradient_is_fine = math.isfinite(agreed["grad_norm"]) if scaler is None else scaler.get_scale() >= 1
+    return gradient_is_fine and math.isfinite(agreed["loss"])
+
+
+def gathered_samples(accelerator: Accelerator, batches: Sequence[Batch]) -> list[int]:
+    """Return the samples of all processes in a step, by their index in the data; collective."""
+    mine = torch.cat([batch.sample for batch in batches]).to(accelerator.device)
+    return [int(sample) for sample in accelerator.gather(mine)]
+
+
+def describe_non_finite(step: int, agreed: dict[str, float], samples: Sequence[int]) -> str:
+    """Return what was not finite, and in which samples, on one line."""
+    terms = ", ".join(f"{name} {value}" for name, value in agreed.items() if name.startswith("loss"))
+    more = f" and {len(samples) - SAMPLES_SHOWN} more" if len(samples) > SAMPLES_SHOWN else ""
+    shown = ", ".join(str(sample) for sample in samples[:SAMPLES_SHOWN])
+    return f"step {step} is not finite: {terms}, gradient norm {agreed['grad_norm']}; samples {shown}{more}"
+
+
+class ChanceWatch:
+    """Tells once when the contrastive loss stays where a model that knows nothing stands, ln(batch)."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.chance, self.told = math.log(batch_size), False
+
+    def look(self, step: int, point: dict[str, float]) -> None:
+        """Take in a training point; its loss is the mean of the steps since the last one."""
+        loss = point.get("loss/contrastive_loss")
+        if self.told or loss is None or step < STEPS_BEFORE_A_JUDGEMENT or abs(loss - self.chance) > CHANCE_MARGIN:
+            return
+        self.told = True
+        say(
+            f"warning: after {step} steps the loss is {loss:.3f}, where a model that knows nothing stands "
+            f"(ln of the batch size is {self.chance:.3f}): raise optim.lr or lengthen the run, or look whether "
+            "captions belong to their pictures"
+        )
+
+
+def warn_of_collapse(step: int, **features: Tensor) -> None:
+    """Say when the unit-norm features [N, D] of different pictures, or captions, all point the same way."""
+    for name, each in features.items():
+        mean_cosine = each.float().mean(0).square().sum().item()
+        if len(each) > 1 and mean_cosine > COLLAPSED_COSINE:
+            say(
+                f"warning: at step {step} the features of different {name} are nearly equal (mean cosine "
+                f"{mean_cosine:.3f}): lower optim.lr, or look whether the data is varied"
+            )

@@ -1,0 +1,1 @@
+"""`accel-clip check`: what a run will be and whether it can be, before the hours start."""

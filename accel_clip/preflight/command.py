@@ -1,0 +1,79 @@
+"""The check itself: settings, names, parts, a sample of the data, speed and disk, each if those before it are sound."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from accel_clip.check import name_checks, source_checks
+from accel_clip.config import Config
+from accel_clip.console import say
+from accel_clip.plugins import load_plugins
+from accel_clip.preflight.advice import warnings_about
+from accel_clip.preflight.facts import Problem, Report
+from accel_clip.preflight.problems import Problems
+from accel_clip.preflight.settings import read_settings
+from accel_clip.redaction import refuse_credentials
+from accel_clip.resume import check_folder
+
+if TYPE_CHECKING:
+    from accel_clip.preflight.parts import Parts
+
+
+def check(arguments: list[str], description: str, num_samples: int, seconds: float, num_processes: int) -> Report:
+    """Return all that can be known of a run before it starts; nothing is written into its folder.
+
+    arguments: as for training; seconds: how long speed is measured, 0 for not at all; num_processes: that will train.
+    """
+    problems = Problems()
+    config = read_settings(arguments, description, problems)
+    check_everything_named(config, problems)
+    if problems.concern("plugins"):
+        return Report(problems=listed(problems), exit_code=problems.exit_code)
+    from accel_clip.preflight.parts import build_parts  # imports torch
+
+    parts = build_parts(config, num_processes, problems)
+    if parts is None:
+        return Report(problems=listed(problems), exit_code=problems.exit_code)
+    return measured(parts, num_samples, seconds, problems)
+
+
+def check_everything_named(config: Config, problems: Problems) -> None:
+    """Take in every folder, file and name that cannot be used; names that plugins register need the plugins."""
+    problems.attempt(partial(refuse_credentials, config.to_dict()))
+    problems.attempt(partial(check_folder, config))
+    for file in config.plugins:
+        problems.attempt(partial(load_plugins, [file]))
+    if problems.concern("plugins"):
+        return
+    for look in source_checks(config):
+        problems.attempt(look)
+    for look in name_checks(config):
+        problems.attempt(look)
+
+
+def measured(parts: Parts, num_samples: int, seconds: float, problems: Problems) -> Report:
+    """Return the report on a run whose parts are there: what they are, then what measuring them shows."""
+    from accel_clip.preflight import limits, sections
+    from accel_clip.preflight.speed import measure_speed
+
+    run, model = sections.run_facts(parts), sections.model_facts(parts)
+    say(f"looking at {min(num_samples, run.num_pairs):,} of {run.num_pairs:,} training pairs")
+    sample = problems.attempt(partial(sections.take_sample, parts, num_samples))
+    data = None if sample is None else sections.data_facts(parts, sample)
+    if data is not None:
+        problems.attempt(partial(limits.refuse_unusable, data))
+    speed = None
+    if sample is not None and sample.looks and seconds > 0:
+        say(f"measuring loader and step for about {seconds:.0f} seconds")
+        speed = problems.attempt(partial(measure_speed, parts, sample.looks, seconds))
+    disk = problems.attempt(partial(sections.disk_facts, parts))
+    if disk is not None:
+        problems.attempt(partial(limits.refuse_full_disk, disk, parts.config.output_dir))
+    warnings = warnings_about(parts.config, run, model, data, speed)
+    return Report(run, model, data, speed, disk, warnings, listed(problems), problems.exit_code)
+
+
+def listed(problems: Problems) -> list[Problem]:
+    """Return the problems as the report has them."""
+    return [Problem(error.exit_code, str(error)) for error in problems.errors]

@@ -1,0 +1,192 @@
+"""The parts of a run, built as the trainer does, with every setting that does not fit and without a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from accel_clip.chunks import Plan
+from accel_clip.config import Config, OptimConfig, TrainConfig
+from accel_clip.data.order import Order, check_divisible
+from accel_clip.data.pairs import open_pairs
+from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.resolve import open_labelled, open_source
+from accel_clip.evaluation.evaluator import Evaluator
+from accel_clip.faults import AccelClipError
+from accel_clip.losses.base import Loss, build_loss
+from accel_clip.losses.gradient import warn_of_dense_logits
+from accel_clip.models.anatomy import Anatomy, examine
+from accel_clip.models.blocks import recompute_activations
+from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.freezing import freeze, freeze_unused
+from accel_clip.models.training_model import TrainingModel, no_decay_names
+from accel_clip.optim.optimizers import build_optimizer, parameter_groups
+from accel_clip.optim.schedules import Schedule, build_schedule
+from accel_clip.plan import Workplace, choose_plan
+from accel_clip.preflight.problems import Problems
+from accel_clip.processes import build_accelerator, choose_workers
+from accel_clip.randomness import derive_seed
+from accel_clip.stopping import check_metric
+from accel_clip.trainer import TRAINING_METRICS
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """The pairs of a run and how long it is."""
+
+    pairs: Source
+    held_out: Source | None
+    order: Order
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `wrapped` and `optimizer` are prepared by the accelerator."""
+
+    config: Config
+    num_processes: int
+    accelerator: Accelerator
+    loss: Loss
+    data: DataParts
+    model: ClipModel
+    anatomy: Anatomy
+    wrapped: nn.Module
+    optimizer: Any
+    plan: Plan
+    num_workers: int
+
+    @property
+    def place(self) -> Workplace:
+        """Return what a trial of the model needs."""
+        return Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
+
+    @property
+    def pairs_per_process(self) -> int:
+        """Return one process's part of a contrastive batch."""
+        return self.config.train.batch_size // self.num_processes
+
+
+def build_parts(config: Config, num_processes: int, problems: Problems) -> Parts | None:
+    """Return the parts of a run, or None after taking in everything that keeps them from being built."""
+    loss = problems.attempt(partial(build_loss, config.loss))
+    accelerator = problems.attempt(partial(build_accelerator, config.train))
+    data = build_data(config, num_processes, () if loss is None else loss.data_columns(), problems)
+    model = build_frozen_model(config, loss, problems)
+    if model is not None:
+        check_rates(config.optim, model, problems)
+    if problems or loss is None or accelerator is None or data is None or model is None:
+        return None
+    check_evaluation(config, accelerator, loss, data, model, problems)
+    assemble = partial(assembled, config, num_processes, accelerator, loss, data, model)
+    return None if problems else problems.attempt(assemble)
+
+
+def build_data(config: Config, num_processes: int, extra: tuple[str, ...], problems: Problems) -> DataParts | None:
+    """Return the pairs, their order and the schedule; every source that cannot be opened is taken in."""
+    opened = open_everything(config, extra, problems)
+    if problems.concern("train.batch_size"):
+        return None
+    train = config.train
+    problems.attempt(partial(check_divisible, train.batch_size, num_processes))
+    if opened is None:
+        return None
+    pairs, held_out = opened
+    order = problems.attempt(partial(Order, len(pairs), train.batch_size, config.seed))
+    if order is None:
+        return None
+    num_steps = train.steps or max(1, train.epochs * order.batches_per_epoch // train.accumulate)
+    schedule = problems.attempt(partial(build_schedule, config.optim, num_steps))
+    return None if schedule is None else DataParts(pairs, held_out, order, schedule)
+
+
+def open_everything(config: Config, extra: tuple[str, ...], problems: Problems) -> tuple[Source, Source | None] | None:
+    """Return the training and the held-out pairs; where that fails each source is opened alone to find every reason."""
+    data, zero_shot = config.data, config.eval.zero_shot
+    if zero_shot is not None:
+        problems.attempt(partial(open_labelled, zero_shot, data, config.eval.label_key))
+    try:
+        return open_pairs(data, extra)
+    except AccelClipError as error:
+        before = len(problems)
+        for item in data.train:
+            problems.attempt(partial(open_source, item, data, extra=extra))
+        for item in data.val or []:
+            problems.attempt(partial(open_source, item, data))
+        if len(problems) == before:
+            problems.add(error)
+        return None
+
+
+def build_frozen_model(config: Config, loss: Loss | None, problems: Problems) -> ClipModel | None:
+    """Return the model with what the settings freeze frozen; every pattern without a match is taken in."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    needs_bias = loss is not None and loss.requires_bias()
+    model = problems.attempt(partial(build_model, config.model, needs_logit_bias=needs_bias))
+    if model is not None:
+        for pattern in config.model.freeze:
+            problems.attempt(partial(freeze, model.clip, [pattern]))
+    return model
+
+
+def check_rates(config: OptimConfig, model: ClipModel, problems: Problems) -> None:
+    """Take in every pattern of `optim.lr_by_name` that decides nothing."""
+    named = list(model.clip.named_parameters())
+    for pattern, rate in config.lr_by_name.items():
+        problems.attempt(partial(parameter_groups, named, OptimConfig(lr_by_name={pattern: rate})))
+
+
+def check_evaluation(
+    config: Config, accelerator: Accelerator, loss: Loss, data: DataParts, model: ClipModel, problems: Problems
+) -> None:
+    """Take in what keeps held-out pairs and labelled pictures from being measured, and a metric that is not."""
+    labelled = config.eval.zero_shot
+    evaluator = problems.attempt(
+        lambda: Evaluator(
+            accelerator,
+            model,
+            config.eval,
+            held_out=data.held_out,
+            zero_shot=None if labelled is None else open_labelled(labelled, config.data, config.eval.label_key),
+            loss=loss,
+            max_pixels=config.data.max_pixels,
+            num_workers=0,
+        )
+    )
+    metric = config.stop.metric
+    if evaluator is not None and metric is not None and not metric.startswith("loss/"):
+        problems.attempt(partial(check_metric, metric, {*TRAINING_METRICS, *evaluator.metric_names()}))
+
+
+def assembled(
+    config: Config, num_processes: int, accelerator: Accelerator, loss: Loss, data: DataParts, model: ClipModel
+) -> Parts:
+    """Return the parts, put together in the trainer's order; raises what does not fit."""
+    freeze_unused(model, loss)
+    anatomy = examine(model.clip, model.tokenizer)
+    loss.to(accelerator.device)
+    loss.prepare(model, accelerator)
+    if config.train.activation_checkpointing:
+        recompute_activations(model.clip)
+    named = [*model.clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(loss.parameters()))]
+    optimizer = build_optimizer(named, config.optim, no_decay_names(model.clip))
+    wrapped, optimizer = accelerator.prepare(TrainingModel(model, anatomy.separate), optimizer)
+    train = own_part(config.train, num_processes)
+    plan = choose_plan(Workplace(accelerator, wrapped, model, anatomy), train)
+    warn_of_dense_logits(loss, config.train.batch_size, model.model_config["embed_dim"])
+    workers = choose_workers(config.data.workers, accelerator.device)
+    if config.data.workers is None:
+        workers = max(1, workers // num_processes)
+    return Parts(
+        config, num_processes, accelerator, loss, data, model, anatomy, wrapped, optimizer, plan, num_workers=workers
+    )
+
+
+def own_part(config: TrainConfig, num_processes: int) -> TrainConfig:
+    """Return the settings of one process of several, as they are for a process alone."""
+    return replace(config, batch_size=config.batch_size // num_processes)

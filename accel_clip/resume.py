@@ -1,0 +1,83 @@
+"""Whether the run in a folder goes on with the settings that are given now."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from accel_clip.command_line import load_config
+from accel_clip.config import Config
+from accel_clip.console import say
+from accel_clip.faults import ConfigError
+from accel_clip.run_folder import RunFolder
+
+MAY_CHANGE = (
+    *("output_dir", "train.epochs", "train.steps", "train.micro_batch_size", "train.activation_gib", "train.threads"),
+    *("train.timeout", "data.workers", "data.prefetch", "data.image_root"),
+    *("eval.", "checkpoint.", "track.", "stop."),
+)
+"""Settings, or sections ending in a dot, that decide nothing about the steps that were taken."""
+LENGTHENS = ("train.epochs", "train.steps")
+
+
+def check_folder(config: Config) -> None:
+    """Raise `ConfigError` where the run folder cannot be used, or holds a run that these settings do not continue.
+
+    Says which settings that may change have changed.
+    """
+    folder = RunFolder(config.output_dir)
+    folder.check()
+    if not folder.holds_run():
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume: never, and {folder.path} holds a run: name another output_dir, or remove this one"
+        )
+    changed = differences(load_config(folder.config), config)
+    for key, (before, now) in changed.items():
+        if not may_change(key):
+            raise ConfigError(
+                f"{key}: {folder.path} holds a run with {before!r}, and now it is {now!r}: set it back to continue "
+                "that run, or name another output_dir to start a new one"
+            )
+    told = [f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items() if key != "output_dir"]
+    if told:
+        say(f"the run in {folder.path} goes on with changed settings: {', '.join(told)}")
+
+
+def is_finished(config: Config) -> bool:
+    """Return whether the run in the folder is complete and these settings do not make it longer."""
+    folder = RunFolder(config.output_dir)
+    if config.checkpoint.resume != "auto" or not folder.holds_run() or folder.read_status().get("state") != "complete":
+        return False
+    return not any(key in LENGTHENS for key in differences(load_config(folder.config), config))
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ by dotted key, with both values."""
+    old, new = flattened(before.to_dict()), flattened(now.to_dict())
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def flattened(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return sections as dotted keys; settings that are dictionaries themselves stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in SECTIONS:
+            flat.update({f"{name}.{key}": plain(inner) for key, inner in value.items()})
+        else:
+            flat[name] = plain(value)
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as JSON gives it back, so that a tuple equals a list."""
+    return json.loads(json.dumps(value))
+
+
+SECTIONS = ("data", "model", "loss", "optim", "train", "eval", "checkpoint", "track", "stop")
+
+
+def may_change(key: str) -> bool:
+    """Return whether a run may go on with another value of a setting."""
+    return any(key == each or (each.endswith(".") and key.startswith(each)) for each in MAY_CHANGE)

@@ -1,0 +1,29 @@
+"""Where a run stands: the numbers that, with weights and random states, make a resumed run the uninterrupted one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Counts and last results of a run, plain JSON in a checkpoint.
+
+    step: optimizer steps taken; next_batch: the contrastive batch of the run that comes next, counted from 0;
+    evaluated_step: the last step that was evaluated, None before the first; stop_asked: early stopping has ended the
+    run; metrics: what the last evaluation measured; best_metrics: what was measured of the best model; num_non_finite:
+    how many steps in a row were not finite.
+    """
+
+    step: int = 0
+    next_batch: int = 0
+    evaluated_step: int | None = None
+    stop_asked: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] | None = None
+    num_non_finite: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain JSON."""
+        return asdict(self)

@@ -1,0 +1,255 @@
+"""Processes that hang, die and talk to each other: real ones, two at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import ROOT, run
+
+from accel_clip.faults import PeerEnded, recognise
+from accel_clip.processes import stay_on_this_machine
+from accel_clip.watchdog import LONG_SECONDS, Watchdog
+
+TWO_PROCESSES = """
+import os, signal, sys, time
+import torch.distributed as distributed
+import torch
+from accel_clip.cli import guarded
+from accel_clip.watchdog import Watchdog
+
+rank = int(os.environ["RANK"])
+
+
+def meet():
+    distributed.all_reduce(torch.ones(1000))
+
+
+def command():
+    distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)
+{body}
+
+
+sys.exit(guarded(command))
+"""
+
+
+def start_two(folder: Path, body: str) -> list[subprocess.Popen[str]]:
+    indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    code = TWO_PROCESSES.format(file=folder / "meeting", body=indented)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def both_end(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+    """Return what each said on standard error."""
+    try:
+        return [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+HANG = """
+def stuck_here():
+    time.sleep(100)
+
+with Watchdog(2.0, on_hang=lambda message: time.sleep(100)) as watchdog:
+    for step in range(1, 6):
+        meet()
+        watchdog.beat_step(step)
+    if rank == 1:
+        stuck_here()
+    meet()
+"""
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_both_and_both_say_where_they_stand(tmp_path: Path) -> None:
+    processes = start_two(tmp_path, HANG)
+    said = both_end(processes, timeout=40)  # importing torch included
+    assert [process.returncode for process in processes] == [1, 1]
+    for rank, place in enumerate(("in meet", "in stuck_here")):
+        lines = said[rank].splitlines()
+        assert f"rank {rank}: no progress for 2 s, last done: step 5" in lines[0] and "train.timeout" in lines[0]
+        assert any(place in line for line in lines), said[rank]
+        assert all(line.startswith(f"rank {rank} | ") for line in lines[1:])
+
+
+DIE = """
+meet()
+if rank == 1:
+    {death}
+for _ in range(1000):
+    meet()
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", ["raise ZeroDivisionError('my own fault')", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_the_error_of_the_process_that_died_is_the_one_that_is_seen(tmp_path: Path, death: str) -> None:
+    processes = start_two(tmp_path, DIE.format(death=death))
+    follower, first = both_end(processes, timeout=30)
+    assert processes[0].returncode == 1
+    assert follower == "accel-clip: error: rank 0: another process ended; see its error above\n"
+    if "raise" in death:
+        assert processes[1].returncode == 1 and "Traceback" in first and "my own fault" in first
+    else:
+        assert processes[1].returncode == -signal.SIGKILL
+
+
+def test_errors_of_this_process_are_not_taken_for_those_of_others() -> None:
+    own = [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598",
+        "HTTPSConnectionPool: Connection reset by peer",
+        "[c10d] The server socket has failed to listen on any local network address. port: 29500, EADDRINUSE",
+        "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error: unhandled system error, NCCL version 2.21.5",
+    ]
+    assert [recognise(RuntimeError(text)) for text in own] == [None] * len(own)
+    others = [
+        "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:50236",
+        "[../gloo/transport/tcp/pair.cc:446] writev [127.0.0.1]:9111: Broken pipe",
+        "recvValue failed on SocketImpl(fd=3): Failed to recv, got 0 bytes. Connection was likely closed.",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.21.5 ncclRemoteError",
+    ]
+    assert all(isinstance(recognise(RuntimeError(text)), PeerEnded) for text in others)
+
+
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that takes the place of the end of this process."""
+    ends: list[float] = []
+
+    def end(self: Watchdog, silence: float) -> None:
+        ends.append(silence)
+        self.over.set()
+
+    monkeypatch.setattr(Watchdog, "end", end)
+    return ends
+
+
+def test_patience_is_long_before_the_first_step_and_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = ended(monkeypatch)
+    with Watchdog(0.2) as watchdog:
+        time.sleep(0.5)  # start-up
+        watchdog.beat("evaluation")
+        time.sleep(0.5)  # the first step compiles
+        watchdog.beat_step(1)
+        assert watchdog.patience() == pytest.approx(2.5, abs=0.3)  # five times the first step, the start-up left out
+        watchdog.patient("checkpoint")
+        assert watchdog.limit == LONG_SECONDS
+        time.sleep(0.3)
+        watchdog.beat_step(2)
+        assert len(watchdog.recent) == 1  # a stretch known to be long says nothing about steps
+        for step in range(3, 110):
+            watchdog.beat_step(step)
+        assert watchdog.limit == 0.2  # the first step is forgotten
+        time.sleep(0.1)
+        watchdog.beat_step(110)
+        watchdog.limit = 0.2
+        assert not ends
+        time.sleep(0.6)
+        assert len(ends) == 1 and 0.2 < ends[0] < 0.4
+
+
+def test_no_timeout_means_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = ended(monkeypatch)
+    with Watchdog(None) as watchdog:
+        watchdog.beat_step(1)
+        time.sleep(0.3)
+    with Watchdog(0.1) as over:
+        over.beat_step(1)
+    time.sleep(0.4)  # after the block nothing is watched
+    assert not ends
+
+
+STOPPED = """
+import sys, time
+from accel_clip.watchdog import Watchdog
+
+with Watchdog(2.0) as watchdog:
+    watchdog.beat_step(1)
+    sys.stdout.write("waiting\\n")
+    sys.stdout.flush()
+    for _ in range(100):
+        time.sleep(0.01)
+"""
+
+
+def test_a_process_that_was_suspended_has_not_hung() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=10)[1]
+    assert (process.returncode, said) == (0, "")
+
+
+@pytest.fixture
+def loopback() -> Iterator[str]:
+    names = [name for _, name in socket.if_nameindex()]
+    yield next(name for name in ("lo", "lo0") if name in names)
+
+
+def test_only_processes_of_one_machine_stay_on_the_loopback_device(loopback: str) -> None:
+    def chosen(**environment: str) -> str | None:
+        stay_on_this_machine(environment)
+        return environment.get("GLOO_SOCKET_IFNAME")
+
+    assert chosen(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2") == loopback
+    assert chosen(WORLD_SIZE="4", LOCAL_WORLD_SIZE="2") is None
+    assert chosen(WORLD_SIZE="2") is None and chosen() is None
+    assert chosen(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="eth7") == "eth7"
+
+
+LISTENS = """
+import json, os
+import psutil, torch
+from accel_clip.config import TrainConfig
+from accel_clip.processes import build_accelerator
+
+accelerator = build_accelerator(TrainConfig())
+accelerator.reduce(torch.ones(10))
+found = psutil.Process().net_connections("inet")
+addresses = [each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN]
+told = [os.environ["GLOO_SOCKET_IFNAME"], *addresses]
+open(f"listens-{os.environ['RANK']}.json", "w").write(json.dumps(told))
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_listen_on_loopback_only(tmp_path: Path, loopback: str) -> None:
+    (tmp_path / "listens.py").write_text(LISTENS)
+    words = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "listens.py")
+    done = run(*words, folder=tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    assert done.code == 0, done.err
+    told_by = [json.loads((tmp_path / f"listens-{rank}.json").read_text()) for rank in (0, 1)]
+    for told, *addresses in told_by:
+        assert told == loopback  # a machine whose name stands for a loopback address would listen there anyway
+        assert addresses and {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}

@@ -1,0 +1,248 @@
+"""`accel-clip check`: exact counts of planted faults, every mistake in one run, the slower side, nothing written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from commands import accel_clip, run, small_model
+from PIL import Image
+
+from accel_clip import cli
+
+KEYS = {
+    "run": "output_dir goes_on device num_processes precision num_pairs num_held_out batch_size accumulate "
+    "steps_per_epoch num_epochs num_steps num_warmup_steps steps_between_evaluations starting_loss",
+    "model": "name num_parameters num_trained image_size context_length micro_batch_size num_micro_batches "
+    "graphs_kept weights_bytes optimizer_bytes graph_bytes free_bytes",
+    "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
+    "num_repeated_captions num_cut_captions token_limit picture_size decoding_seconds",
+    "speed": "num_workers loader step step_pairs bottleneck expected training_seconds",
+    "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes needed_bytes available_bytes",
+}
+PLUGIN = """
+import time
+from accel_clip import LOSSES, SOURCES
+from accel_clip.data.sources.demo import open_demo
+
+class Slow:
+    name = "slow"
+    def __init__(self, demo): self.demo = demo
+    def __len__(self): return 200
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return self.demo[index]
+    def key(self, index): return self.demo.key(index)
+
+@SOURCES.register("slow_to_fetch")
+def slow(argument, options): return Slow(open_demo("", options))
+
+@LOSSES.register("slow_to_compute")
+def slow_loss(image_features, text_features, logit_scale, output_dict=True):
+    time.sleep(0.2)
+    return {"slow_loss": -(image_features * text_features).sum(dim=-1).mean() * logit_scale}
+"""
+
+
+class Checker:
+    """Runs the command in a folder, in this process."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.model = small_model(folder)
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *words: str) -> tuple[int, str]:
+        """Return the exit code and what stands on standard output."""
+        common = ["check", "--model.name", self.model, "--output_dir", "run", "--seconds", "0", *words]
+        self.monkeypatch.setattr(sys, "argv", ["accel-clip", *common])
+        self.capsys.readouterr()
+        try:
+            code = cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, self.capsys.readouterr().out
+
+    def report(self, *words: str) -> dict[str, Any]:
+        """Return the JSON report, whose exit code is that of the command."""
+        code, out = self("--json", *words)
+        report = json.loads(out)
+        assert report["exit_code"] == code
+        return report
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Checker:
+    return Checker(tmp_path, monkeypatch, capsys)
+
+
+def planted_table(folder: Path) -> str:
+    """Write 60 pairs: 3 missing, 2 corrupt, 1 empty caption, 2 repeated, 1 caption too long, the rest sound."""
+    (folder / "图").mkdir()
+    rows = [(f"图/{number}.png", f"picture number {number}, 第{number}张") for number in range(58)]
+    for number, (path, _) in enumerate(rows):
+        Image.new("RGB", (40 + number, 50), (number, 100, 0)).save(folder / path)
+    for number in (7, 20, 41):
+        (folder / rows[number][0]).unlink()
+    (folder / rows[11][0]).write_bytes((folder / rows[11][0]).read_bytes()[:60])
+    (folder / rows[12][0]).write_text("<!doctype html><title>404</title>")
+    rows[30] = (rows[30][0], "  ")
+    rows[31] = (rows[31][0], "word " * 60)
+    rows += [rows[3], rows[50]]
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    return "pairs.csv"
+
+
+def test_planted_faults_are_counted_exactly_and_nothing_is_written(tmp_path: Path, check: Checker) -> None:
+    table = planted_table(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    words = ("--data.train", table, "--data.val_fraction", "0", "--train.batch_size", "8", "--train.epochs", "30")
+    report = check.report(*words, "--data.max_bad_fraction", "0.1")
+    data = report["data"]
+    assert (data["num_pairs"], data["num_looked_at"]) == (60, 60)
+    found = {reason: number for reason, number in data["num_unusable"].items() if number}
+    assert found == {"missing_file": 3, "unreadable": 2, "no_caption": 1}
+    assert (data["num_repeated_pictures"], data["num_repeated_captions"], data["num_cut_captions"]) == (2, 2, 1)
+    assert data["token_limit"] == 32 and data["unusable_share"] == pytest.approx(0.1)
+    assert {name: set(report[name]) for name in KEYS if name != "speed"} == {
+        name: set(keys.split()) for name, keys in KEYS.items() if name != "speed"
+    }
+    assert report["speed"] is None and report["exit_code"] == 0
+    assert (report["run"]["num_steps"], report["run"]["steps_per_epoch"], report["run"]["num_warmup_steps"]) == (
+        (210, 7, 21)
+    )
+    assert report["run"]["starting_loss"] == pytest.approx(math.log(8))
+
+    code, out = check(*words)
+    assert code == 3 and "6 of 60 pairs are unusable (10.0%)" in out and "图/7.png" in out
+    assert out.strip().splitlines()[-1] == "verdict: not ready: 1 problem; exit code 3"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_mistake_is_told_in_one_run(tmp_path: Path, check: Checker) -> None:
+    (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "my.yaml").write_text(
+        "optim: {lrr: 1, lr: fast, schedule: cosin, lr_by_name: {'visul.*': 1e-5, 'txt.*': 1e-4}}\n"
+        "train: {epochs: -1, precision: int8}\nmoddel: {name: x}\n"
+    )
+    code, out = check(
+        *("--config", "my.yaml", "--loss.name", "clipp", "--optim.name", "adamv", "--model.freeze", "[vizual.*, tex]"),
+        *("--data.train", "[nowhere.csv, broken.csv, demo]", "--data.val", "nothere.tsv", "--track.to", "tensorbord"),
+        *("--train.batch_size", "255", "--processes", "2", "--data.wrkers", "3", "--stop.patience", "3", "stray"),
+    )
+    problems = [line.strip() for line in out.split("problems\n")[1].split("\n\n")[0].splitlines()]
+    expected = [
+        *("optim.lrr", "optim.lr: expected float, got fast", "cosin'", "'visul.*'", "'txt.*'", "train.epochs: -1"),
+        *("int8", "moddel", "clipp", "adamv", "vizual.*", "'tex'", "nowhere.csv", "data.image_key: broken.csv"),
+        *("nothere.tsv", "tensorbord", "train.batch_size: 255", "data.wrkers", "stop.patience: 3", "stray"),
+    ]
+    for part in expected:
+        assert len([line for line in problems if part in line]) == 1, (part, problems)
+    assert len(problems) == len(expected) and code == 2
+    assert out.strip().splitlines()[-1] == f"verdict: not ready: {len(expected)} problems; exit code 2"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "number", "parts"),
+    [
+        (["--data.train", "[nowhere.csv, nothere.csv]"], 3, 2, ["nowhere.csv", "nothere.csv"]),
+        (
+            ["--optim.warmup", "9000", "--train.batch_size", "33", "--processes", "2"],
+            2,
+            2,
+            ["optim.warmup", "34 or 32"],
+        ),
+        (["--train.batch_size", "20000"], 2, 1, ["train.batch_size: 20000", "11648"]),
+        (["--stop.metric", "val/los", "--data.val_fraction", "0.1"], 2, 1, ["stop.metric", "val/loss"]),
+        (["--checkpoint.keep", "1000000000"], 2, 1, ["output_dir", "checkpoint.keep"]),
+        (["--plugins", "mine.py", "--loss.name", "mine"], 2, 1, ["plugins: mine.py"]),
+        (["--model.freeze", "*"], 2, 1, ["model.freeze", "nothing to train"]),
+        (["--output_dir", "small.json/run"], 2, 1, ["output_dir", "not a folder"]),
+        (["--data.train", "gone.csv", "--train.batch_size", "4", "--data.max_bad_fraction", "1"], 3, 1, ["image_root"]),
+    ],
+)
+def test_what_cannot_run_has_the_exit_code_of_its_kind(
+    tmp_path: Path, check: Checker, words: list[str], code: int, number: int, parts: list[str]
+) -> None:
+    (tmp_path / "gone.csv").write_text("image,caption\n" + "".join(f"{i}.png,picture {i}\n" for i in range(20)))
+    report = check.report("--samples", "20", "--data.val_fraction", "0", *words)
+    assert report["exit_code"] == code
+    told = " ".join(problem["message"] for problem in report["problems"])
+    assert all(part in told for part in parts), told
+    assert len(report["problems"]) == number
+
+
+def test_bad_starting_points_are_warned_of(tmp_path: Path, check: Checker) -> None:
+    table = planted_table(tmp_path)
+    open_clip.add_model_config(Path(check.model))
+    torch.save(open_clip.create_model("small").state_dict(), tmp_path / "weights.pt")
+    report = check.report(
+        *("--data.train", table, "--data.max_bad_fraction", "0.3", "--train.batch_size", "40", "--train.steps", "12"),
+        *("--optim.warmup", "8", "--eval.every", "2", "--model.freeze", "[image, text]", "--optim.lr", "0.01"),
+        *("--model.pretrained", "weights.pt", "--data.val_fraction", "0.1"),
+    )
+    told = [warning.partition(":")[0] for warning in report["warnings"]]
+    assert told[:6] == ["train.steps", "optim.warmup", "train.batch_size", "eval.every", "model.freeze", "optim.lr"]
+    assert report["verdict"].startswith("ready, with") and report["exit_code"] == 0
+    clip = open_clip.create_model("small")
+    assert sum(report["model"]["num_parameters"].values()) == sum(each.numel() for each in clip.parameters())
+    assert report["model"]["num_trained"] == {"image": 0, "text": 0, "other": 1}
+    assert not [each for each in check.report("--train.batch_size", "32")["warnings"] if "eval" in each or "lr" in each]
+
+
+def test_the_starting_loss_of_siglip_is_that_of_unrelated_features(check: Checker) -> None:
+    run_facts = check.report("--loss.name", "siglip", "--train.batch_size", "16", "--samples", "5")["run"]
+    signs = 2 * torch.eye(16) - 1
+    dense = -torch.nn.functional.logsigmoid(signs * -10.0).sum() / 16
+    assert run_facts["starting_loss"] == pytest.approx(dense.item(), rel=1e-5)
+
+
+def test_a_step_that_is_too_long_to_try_is_computed_from_smaller_ones() -> None:
+    from accel_clip.preflight.speed import extrapolated
+
+    fixed, per_pair = 0.8, 0.1  # seconds
+    times = {pairs: fixed + per_pair * pairs for pairs in (2, 8, 32)}
+    assert extrapolated(times, 256) == pytest.approx(fixed + per_pair * 256)
+    assert extrapolated({**times, 2: 9.0}, 256) == pytest.approx(fixed + per_pair * 256)  # the first one may be slow
+    assert extrapolated(times, 32) == times[32]
+
+
+@pytest.mark.slow
+def test_the_slower_of_loader_and_step_is_named(tmp_path: Path, check: Checker) -> None:
+    (tmp_path / "slow_parts.py").write_text(PLUGIN)
+    words = ("--plugins", "slow_parts.py", "--data.workers", "1", "--train.threads", "1", "--seconds", "3")
+    slow = ("--data.train", "slow_to_fetch", "--data.val_fraction", "0", "--train.batch_size", "64")
+    loader = check.report(*words, *slow, "--samples", "5")
+    speed = loader["speed"]
+    assert set(speed) == set(KEYS["speed"].split())
+    assert speed["bottleneck"] == "loader" and 20 < speed["loader"]["1"] <= 51, speed  # 20 ms a pair
+    assert speed["loader"]["2"] > 1.3 * speed["loader"]["1"]
+    assert any("data.workers 2" in warning for warning in loader["warnings"])
+    assert speed["expected"] == pytest.approx(speed["loader"]["1"])
+
+    step = check.report(*words, "--loss.name", "slow_to_compute", "--train.batch_size", "8", "--samples", "9")["speed"]
+    assert step["bottleneck"] == "step" and step["step_pairs"] == 8
+    assert 10 < step["step"] <= 40  # 8 pairs in 0.2 s and a little
+
+
+@pytest.mark.slow
+def test_the_command_itself_on_the_demo_and_on_a_terminal_without_chinese(tmp_path: Path) -> None:
+    done = accel_clip("check", "--samples", "50", "--seconds", "2", folder=tmp_path)
+    assert done.code == 0, done.err
+    titles = [line for line in done.out.splitlines() if line and not line.startswith(" ")]
+    assert titles[:5] == ["run", "model", "data", "speed", "disk"] and titles[-1].startswith("verdict: ready")
+    assert list(tmp_path.iterdir()) == []
+    table = planted_table(tmp_path)
+    words = ("--data.train", table, "--train.batch_size", "8", "--model.name", small_model(tmp_path), "--seconds", "0")
+    code = "import sys; from accel_clip.cli import main; sys.exit(main())"
+    plain = run(sys.executable, "-c", code, "check", *words, folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert plain.code == 3 and "\\u56fe/" in plain.out and "Traceback" not in plain.err, plain.err
