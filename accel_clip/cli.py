@@ -91,7 +91,14 @@ def train_command(arguments: list[str], program: str) -> None:
     from accel_clip.check import check_files
 
     check_files(config)
-    from accel_clip.trainer import train  # imports torch, so it comes after everything that can fail without
+    from accel_clip.resume import is_finished
+    from accel_clip.run_folder import RunFolder
+
+    if is_finished(config):
+        step = RunFolder(config.output_dir).read_status()["step"]
+        console.say(f"the run in {config.output_dir} is complete at step {step}: a longer train.steps goes on with it")
+        return
+    from accel_clip.trainer import train  # imports torch, so it comes after everything that can end without
 
     result = train(config)
     console.say(f"model   {result.export}  (open_clip loads it as 'local-dir:{result.export}')")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from accel_clip.console import say
 from accel_clip.data.batch import Batch
@@ -65,11 +64,10 @@ class ChanceWatch:
         )
 
 
-def warn_of_collapse(step: int, **features: Tensor) -> None:
-    """Say when the unit-norm features [N, D] of different pictures, or captions, all point the same way."""
-    for name, each in features.items():
-        mean_cosine = each.float().mean(0).square().sum().item()
-        if len(each) > 1 and mean_cosine > COLLAPSED_COSINE:
+def warn_of_collapse(step: int, mean_cosines: Mapping[str, float]) -> None:
+    """Say when the features of different pictures, or captions, all point the same way after many steps."""
+    for name, mean_cosine in mean_cosines.items():
+        if step >= STEPS_BEFORE_A_JUDGEMENT and mean_cosine > COLLAPSED_COSINE:
             say(
                 f"warning: at step {step} the features of different {name} are nearly equal (mean cosine "
                 f"{mean_cosine:.3f}): lower optim.lr, or look whether the data is varied"

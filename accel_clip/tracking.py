@@ -17,6 +17,7 @@ from accel_clip.config import Config
 from accel_clip.faults import ConfigError, StorageError, nearest
 from accel_clip.run_folder import RunFolder
 
+TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
 PACKAGES = {name: name for name in LOGGER_TYPE_TO_CLASS} | {"comet_ml": "comet-ml"}
 
 

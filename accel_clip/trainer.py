@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accel_clip.assembly import assemble
 from accel_clip.check import check_files, check_names
 from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
@@ -34,24 +36,22 @@ from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.export import copy_of_weights, export_model, read_metrics
 from accel_clip.faults import ConfigError, NonFiniteError, Preempted, exit_code_of, reached, recognised
 from accel_clip.faults import describe as describe_error
-from accel_clip.health import WAYS_OUT, ChanceWatch, describe_non_finite, gathered_samples, is_finite
-from accel_clip.losses.base import build_loss, total
-from accel_clip.losses.gradient import warn_of_dense_logits
-from accel_clip.meters import MeterGroup, RateMeter
-from accel_clip.models.anatomy import examine
-from accel_clip.models.blocks import compile_blocks, recompute_activations
-from accel_clip.models.build import build_model
-from accel_clip.models.freezing import freeze, freeze_unused
-from accel_clip.models.training_model import (
-    TrainingModel,
-    clamp_logit_scale,
-    keep_buffers_local,
-    no_decay_names,
-    share_running_statistics,
+from accel_clip.health import (
+    WAYS_OUT,
+    ChanceWatch,
+    describe_non_finite,
+    gathered_samples,
+    is_finite,
+    warn_of_collapse,
 )
-from accel_clip.optim.optimizers import build_optimizer, set_learning_rate
+from accel_clip.losses.base import build_loss, total
+from accel_clip.meters import MeterGroup, RateMeter
+from accel_clip.models.build import build_model
+from accel_clip.models.freezing import freeze
+from accel_clip.models.training_model import clamp_logit_scale, share_running_statistics
+from accel_clip.optim.optimizers import set_learning_rate
 from accel_clip.optim.schedules import build_schedule
-from accel_clip.plan import Workplace, choose_plan, settle_gradient_buckets, still_fits
+from accel_clip.plan import choose_plan, settle_gradient_buckets, still_fits
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes, own_command
 from accel_clip.randomness import derive_seed
 from accel_clip.resume import is_finished
@@ -61,10 +61,8 @@ from accel_clip.saving import Saver
 from accel_clip.signals import StopSignals
 from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import EarlyStopping, check_metric
-from accel_clip.tracking import Tracking
+from accel_clip.tracking import TRAINING_METRICS, Tracking
 from accel_clip.watchdog import Watchdog
-
-TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,11 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = RunFolder(config.output_dir)
+        self.command = own_command()  # now, while the launcher that it names is alive
         self.loss = build_loss(config.loss)
         self.accelerator = build_accelerator(config.train)
         self.open_data()
         self.build_model()
-        self.build_optimizer()
         self.build_evaluator()
         self.report, self.meters = MeterGroup(), MeterGroup()
         self.rate, self.progress = RateMeter("pairs/s"), Progress()
@@ -129,32 +127,16 @@ class Trainer:
         self.num_workers = choose_workers(data.workers, self.accelerator.device)
 
     def build_model(self) -> None:
-        """Build the model with the same weights in every process and freeze what is not trained."""
-        torch.manual_seed(derive_seed(self.config.seed, "weights"))
-        self.model = build_model(self.config.model, needs_logit_bias=self.loss.requires_bias())
-        freeze(self.model.clip, self.config.model.freeze)
-        freeze_unused(self.model, self.loss)
-        self.anatomy = examine(self.model.clip, self.model.tokenizer)
-        self.loss.to(self.accelerator.device)
-        self.loss.prepare(self.model, self.accelerator)
-        if self.config.train.activation_checkpointing:
-            recompute_activations(self.model.clip)
-        if self.config.train.compile:
-            compile_blocks(self.model.clip)
-
-    def build_optimizer(self) -> None:
-        """Wrap model and optimizer; from here on every process draws dropout of its own."""
-        clip = self.model.clip
-        named = [*clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(self.loss.parameters()))]
-        optimizer = build_optimizer(named, self.config.optim, no_decay_names(clip))
-        self.trained = [parameter for _, parameter in named if parameter.requires_grad]
-        model = keep_buffers_local(TrainingModel(self.model, self.anatomy.separate))
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.place = Workplace(self.accelerator, self.wrapped, self.model, self.anatomy)
-        settle_gradient_buckets(self.place)
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index))
-        parts = nn.ModuleDict({"clip": clip, "loss": nn.ParameterList(self.loss.parameters())})
-        self.saver = Saver(self.accelerator, self.folder.checkpoints, self.config.checkpoint, parts, self.optimizer)
+        """Build the model with the same weights in every process; from here on each draws dropout of its own."""
+        config, accelerator = self.config, self.accelerator
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        self.model = build_model(config.model, needs_logit_bias=self.loss.requires_bias())
+        freeze(self.model.clip, config.model.freeze)
+        self.assembly = assemble(config, accelerator, self.loss, self.model)
+        settle_gradient_buckets(self.assembly.place)
+        torch.manual_seed(derive_seed(config.seed, "dropout", accelerator.process_index))
+        parts = nn.ModuleDict({"clip": self.model.clip, "loss": nn.ParameterList(self.loss.parameters())})
+        self.saver = Saver(accelerator, self.folder.checkpoints, config.checkpoint, parts, self.assembly.optimizer)
 
     def build_evaluator(self) -> None:
         """Read the held-out pairs and the labelled pictures, and set up what the run may stop for."""
@@ -169,7 +151,6 @@ class Trainer:
             loss=self.loss,
             max_pixels=config.data.max_pixels,
             num_workers=self.num_workers,
-            is_asked_to_stop=lambda: self.signals.asked is not None,
         )
         stop = config.stop
         if stop.metric is not None and not stop.metric.startswith("loss/"):
@@ -200,7 +181,7 @@ class Trainer:
         self.state = RunState(**saved["run"])
         self.meters.load_state_dict(saved["meters"])
         self.bad_samples.load_state_dict(saved["bad_samples"])
-        if self.stopping is not None and saved["stopping"] is not None:
+        if self.stopping is not None and saved["watched"] == self.config.stop.metric:
             self.stopping.load_state_dict(saved["stopping"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,6 +191,7 @@ class Trainer:
             "num_samples": self.order.num_samples,
             "meters": self.meters.state_dict(),
             "bad_samples": self.bad_samples.state_dict(),
+            "watched": self.config.stop.metric,
             "stopping": None if self.stopping is None else self.stopping.state_dict(),
             "plan": {"made_for": self.plan_settings(), **asdict(self.contrastive_step.plan)},
             "threads": torch.get_num_threads(),
@@ -219,19 +201,20 @@ class Trainer:
     def build_step(self) -> None:
         """Plan how a batch is cut on this machine; a run that goes on keeps its plan, and so its last bits."""
         plan = None if self.found is None else self.kept_plan()
-        plan = plan or choose_plan(self.place, self.config.train)
-        warn_of_dense_logits(self.loss, self.config.train.batch_size, self.model.model_config["embed_dim"])
-        self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, self.loss, self.anatomy, plan)
-        side, parts = self.config.cached_tower, (self.accelerator, self.wrapped, self.model, self.anatomy)
+        plan = plan or choose_plan(self.assembly.place, self.config.train)
+        wrapped, anatomy = self.assembly.wrapped, self.assembly.anatomy
+        self.contrastive_step = ContrastiveStep(self.accelerator, wrapped, self.loss, anatomy, plan)
+        side, parts = self.config.cached_tower, (self.accelerator, wrapped, self.model, anatomy)
         self.frozen_tower = None if side is None else FrozenTower(side, *parts, rows=plan.micro_batch_size)
 
     def kept_plan(self) -> Plan | None:
         """Return the plan that the run had, None when it was made for other settings or no longer fits."""
-        if self.config.train.threads is None:
-            torch.set_num_threads(self.saved["threads"])
         saved = dict(self.saved["plan"])
         made_for, plan = saved.pop("made_for"), Plan(**saved)
-        if made_for == self.plan_settings() and still_fits(self.place, plan):
+        same = made_for == self.plan_settings()
+        if same:
+            torch.set_num_threads(self.saved["threads"])
+        if same and still_fits(self.assembly.place, plan):
             return plan
         say("the batch is cut in another way than before: from here on the run is equal to rounding only")
         return None
@@ -245,7 +228,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
         timeout = self.config.train.timeout if self.accelerator.num_processes > 1 else None
-        with StopSignals() as self.signals, Watchdog(timeout, on_hang=self.note_hang) as self.watchdog:
+        watchdog = Watchdog(timeout, on_hang=self.note_hang)
+        with ExitStack() as self.opened, StopSignals() as self.signals, watchdog as self.watchdog:
             try:
                 with recognised():
                     self.create_folder()
@@ -264,7 +248,7 @@ class Trainer:
             self.folder.create()
             self.folder.cut_files({} if self.found is None else self.saved["file_sizes"])
             save_config(self.config, self.folder.config)
-            self.folder.write_status("running", self.state.step, command=own_command())
+            self.folder.write_status("running", self.state.step, command=self.command)
 
     def start(self) -> None:
         """Open everything that measures the run, and evaluate the model as it is."""
@@ -312,7 +296,7 @@ class Trainer:
         folder = self.folder.features / tower.side
         return {tower.side: open_features(tower, self.pairs, max_pixels, folder, self.num_workers)}
 
-    def open_loader(self) -> Iterator[Batch]:
+    def open_loader(self) -> Generator[Batch, None, None]:
         """Return this process's part of the contrastive batches that are left."""
         accelerator, model, data = self.accelerator, self.model, self.config.data
         num_left = (self.num_steps - self.state.step) * self.config.train.accumulate
@@ -321,7 +305,8 @@ class Trainer:
         size = model.preprocess_config["size"]
         pixels = evaluation_pixels(model.preprocess_config) if data.augmentation == "none" else None
         pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, data.max_pixels, pixels, self.features)
-        return iterate(pairs, places, data, self.num_workers, accelerator.device.type == "cuda")
+        batches_left = iterate(pairs, places, data, self.num_workers, accelerator.device.type == "cuda")
+        return self.opened.enter_context(closing(batches_left))
 
     def next_batches(self) -> list[Batch]:
         """Return what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
@@ -332,17 +317,17 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """Take one optimizer step on the average gradient of the batches, unless it is not finite."""
-        self.wrapped.train()
-        self.meters.update("lr", set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step)))
+        self.assembly.wrapped.train()
+        self.meters.update("lr", set_learning_rate(self.assembly.optimizer, self.schedule.multiplier(self.state.step)))
         for batch in batches:
             self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
-            with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.accumulate(self.assembly.wrapped):
                 terms = self.contrastive_step(batch)
                 self.report.update("loss", total(terms))
                 self.report.update_all({f"loss/{name}": value for name, value in terms.items()})
                 if not self.accelerator.sync_gradients or self.may_step(batches):
-                    self.optimizer.step()
-                self.optimizer.zero_grad()
+                    self.assembly.optimizer.step()
+                self.assembly.optimizer.zero_grad()
         clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)
         self.state.step += 1
         self.state.next_batch += len(batches)
@@ -352,7 +337,7 @@ class Trainer:
     def may_step(self, batches: list[Batch]) -> bool:
         """Bring the processes' reports of a step together, before the weights change, and say whether they may."""
         limit = self.config.optim.grad_clip or math.inf
-        self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.trained, limit))
+        self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.assembly.trained, limit))
         agreed = self.agree()
         if is_finite(agreed, self.accelerator.scaler):
             self.state.num_non_finite = 0
@@ -398,7 +383,7 @@ class Trainer:
         """Put the run back to its last checkpoint, past the batches of this step; always raises `RolledBack`."""
         past = self.state.next_batch + self.config.train.accumulate
         num_non_finite = self.state.num_non_finite
-        self.optimizer.zero_grad()
+        self.assembly.optimizer.zero_grad()
         self.saver.finish()
         found = self.saver.find()
         assert found is not None, "a run that may be rolled back is saved at its start"
@@ -408,6 +393,7 @@ class Trainer:
         say(f"warning: {problem}; back to step {self.state.step}, past that batch")
         if self.accelerator.is_main_process:
             self.folder.cut_files(self.saved["file_sizes"])
+        self.loader.close()
         self.loader = self.open_loader()
         self.progress.open(self.num_steps, self.state.step)
         raise RolledBack
@@ -441,12 +427,13 @@ class Trainer:
         share_running_statistics(self.model.clip)
         with self.rate.paused():
             try:
-                self.state.metrics = self.evaluator.run()
+                self.state.metrics = self.evaluator.run(lambda: self.signals.asked is not None)
             except EvaluationInterrupted:  # it is made up for when the run goes on
                 self.must_stop = True
                 return
             self.state.evaluated_step = self.state.step
             self.progress.report(self.state.step, self.state.metrics)
+            warn_of_collapse(self.state.step, self.evaluator.mean_cosines)
             self.tracking.log_picture(self.state.step, "retrieval", self.evaluator.picture_grid)
             self.record(self.state.metrics)
 
@@ -502,11 +489,11 @@ class Trainer:
         known_to_all = getattr(error, "on_every_process", False)
         if self.accelerator.is_main_process or not known_to_all:
             state = "preempted" if isinstance(error, Preempted) else "failed"
-            self.folder.write_end(state, self.state.step, exit_code_of(error), describe_error(error), own_command())
+            self.folder.write_end(state, self.state.step, exit_code_of(error), describe_error(error), self.command)
 
     def note_hang(self, message: str) -> None:
         """Write down that the run hangs, before the watchdog ends this process."""
-        self.folder.write_end("failed", self.state.step, 1, message, own_command())
+        self.folder.write_end("failed", self.state.step, 1, message, self.command)
 
     @property
     def epochs(self) -> float:

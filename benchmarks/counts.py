@@ -70,7 +70,9 @@ def work_of(step: Callable[[], float], clip: Any) -> dict[str, float]:
     """Return what one step computes, forward and backward; attention is counted in its plain form."""
     counts: Counter[str] = Counter()
     hooks = [
-        clip.visual.conv1.register_forward_pre_hook(lambda _, given: counts.update({"pictures forward": len(given[0])})),
+        clip.visual.conv1.register_forward_pre_hook(
+            lambda _, given: counts.update({"pictures forward": len(given[0])})
+        ),
         clip.transformer.resblocks[0].register_forward_pre_hook(
             lambda _, given: counts.update({"text tokens forward": given[0].shape[0] * given[0].shape[1]})
         ),

@@ -58,7 +58,7 @@ class Kill:
     resumed_from: str
 
     def __str__(self) -> str:
-        return f"{self.num_processes:>9} {self.seconds:>11.2f} {self.step:>7} {self.resumed_from:>13}"
+        return f"{self.num_processes:>9} {self.seconds:>11.2f} {self.step:>7} {self.resumed_from:>15}"
 
 
 class Soak:
@@ -101,9 +101,14 @@ class Soak:
         return max(losses_of(self.run), default=0)
 
     def resumed_from(self) -> str:
-        """Return the checkpoint that the last start went on from."""
-        found = re.search(r"going on from .*(step-\d+)", self.said().read_text(errors="replace"))
-        return found[1] if found else "the beginning"
+        """Return what the last start went on from, as far as it came."""
+        said = self.said().read_text(errors="replace")
+        found = re.search(r"going on from .*(step-\d+)", said)
+        if found is not None:
+            return found[1]
+        if "is complete at step" in said:
+            return "its end"
+        return "the beginning" if "training on" in said else "(killed before)"
 
     def same_end(self, other: Path) -> bool:
         """Return whether the run ended with the same export and the same losses as another."""
@@ -195,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     num_kills = num_differences = 0
-    say(f"{'processes':>9} {'killed at s':>11} {'step':>7} {'went on from':>13}")
+    say(f"{'processes':>9} {'killed at s':>11} {'step':>7} {'went on from':>15}")
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         (folder / "model.json").write_text(json.dumps(MODEL))

@@ -19,7 +19,7 @@ FLOORS = (
     ),
     ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint", "resume"),
     ("data", "models", "optim", "losses"),
-    ("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health"),
+    ("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),
     ("trainer", "plots", "preflight"),
     ("cli",),
 )

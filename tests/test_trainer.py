@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(table: Path) -> None:
 
     config = config_for(table, loss=LossConfig("test_nan"))
     try:
-        with pytest.raises(NonFiniteError, match="step 1: loss nan"):
+        with pytest.raises(NonFiniteError, match="step 1 is not finite: loss nan"):
             train(config)
     finally:
         del LOSSES._entries["test_nan"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -191,12 +193,26 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers() -> None:
+    """End the workers that are left when the program ends, such as those of a loader that an error's traceback holds.
+
+    Python would ask them by SIGTERM, which they ignore, and wait for them forever.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take the killed for an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
 def iterate(
     pairs: TrainingPairs, places: BatchPlaces, config: DataConfig, num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batches of one process, on the CPU; raises what a worker could not get over, and `WorkerKilled`.
 
-    A generator of its own keeps the loader from drawing on torch's, so that dropout does not depend on the workers.
+    Closed, it ends its workers. A generator of its own keeps the loader from drawing on torch's, so that dropout does
+    not depend on the workers.
     """
     loader = DataLoader(
         pairs,

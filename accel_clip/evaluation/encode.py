@@ -213,7 +213,9 @@ def split(chunk: list[int]) -> list[list[int]]:
 
 def join(messages: list[Loaded | str], device: torch.device) -> Loaded | str:
     """Return the portions of a chunk as one on the device, or the first error among them."""
-    parts, problems, num_pictures = [], {}, 0
+    parts: list[Tensor] = []
+    problems: Problems = {}
+    num_pictures = 0
     for message in messages:
         if isinstance(message, str):
             return message

@@ -42,7 +42,6 @@ class Evaluator:
         loss: Loss,
         max_pixels: float,
         num_workers: int,
-        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.accelerator, self.model, self.config, self.loss = accelerator, model, config, loss
         self.max_pixels = max_pixels
@@ -53,35 +52,36 @@ class Evaluator:
             batch_size=config.batch_size,
             max_pixels=max_pixels,
             num_workers=num_workers,
-            is_asked_to_stop=is_asked_to_stop,
         )
         self.held_out = None if held_out is None else read_held_out(held_out)
         self.labelled = None if zero_shot is None else read_labelled(zero_shot)
         self.shown = self.held_out
         self.examples: list[Nearest] = []
         self.announced: set[str] = set()
+        self.mean_cosines: dict[str, float] = {}
 
     def metric_names(self) -> set[str]:
         """Return the names of what `run` will return."""
         names = set() if self.held_out is None else {"val/loss", *names_of_retrieval()}
         return names if self.labelled is None else names | {"zero_shot/top1", "zero_shot/top5"}
 
-    def run(self) -> dict[str, float]:
+    def run(self, is_asked_to_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Return all metrics of the model as it is now; leaves its training mode and the random state as they were.
 
         Pictures that cannot be used are left out, which is said once. Raises `DataError` when no other is left, or when
-        most are missing files.
+        most are missing files, and `EvaluationInterrupted` when a process is asked to stop.
         """
-        validation = {} if self.held_out is None else self.validate(self.held_out)
-        classification = {} if self.labelled is None else self.classify(self.labelled)
+        validation = {} if self.held_out is None else self.validate(self.held_out, is_asked_to_stop)
+        classification = {} if self.labelled is None else self.classify(self.labelled, is_asked_to_stop)
         return validation | classification
 
-    def validate(self, pairs: HeldOutPairs) -> dict[str, float]:
+    def validate(self, pairs: HeldOutPairs, is_asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Return the validation loss and the retrieval metrics; the examples of the picture grid are kept."""
         accelerator, model, batch_size = self.accelerator, self.model, self.config.batch_size
-        images, pairs = self.encode_usable(pairs)
+        images, pairs = self.encode_usable(pairs, is_asked_to_stop)
         texts = encode_captions(accelerator, model, pairs.captions, batch_size)
         self.shown = pairs
+        self.mean_cosines = {"pictures": mean_cosine(images), "captions": mean_cosine(texts)}
         self.examples = nearest_examples(images, texts, pairs.image_of_pair, pairs.text_of_pair)
         loss = validation_loss(accelerator, self.loss, model.clip, images, texts, pairs, batch_size)
         return {
@@ -89,16 +89,16 @@ class Evaluator:
             **retrieval_metrics(accelerator, images, texts, pairs.image_of_pair, pairs.text_of_pair),
         }
 
-    def classify(self, labelled: LabelledPictures) -> dict[str, float]:
+    def classify(self, labelled: LabelledPictures, is_asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Return the zero-shot accuracy."""
-        images, labelled = self.encode_usable(labelled)
+        images, labelled = self.encode_usable(labelled, is_asked_to_stop)
         config = self.config
         classes = class_features(self.accelerator, self.model, labelled.classes, config.templates, config.batch_size)
         return accuracy(self.accelerator, images, classes, labelled.class_of_picture)
 
-    def encode_usable(self, pictures: Pictures) -> tuple[Tensor, Pictures]:
+    def encode_usable(self, pictures: Pictures, is_asked_to_stop: Callable[[], bool]) -> tuple[Tensor, Pictures]:
         """Return the features of the pictures that can be used, and what is left when the others are taken out."""
-        images, problems = self.encode_pictures(pictures.source, pictures.indices)
+        images, problems = self.encode_pictures(pictures.source, pictures.indices, is_asked_to_stop=is_asked_to_stop)
         if not problems:
             return images, pictures
         usable = usable_places(pictures.source, len(images), problems)
@@ -126,3 +126,8 @@ class Evaluator:
         stored = [pairs.source[pairs.indices[image]].image for image in example.images]
         pictures = [decode_picture(image, self.max_pixels) for image in stored]
         return GridRow(pairs.captions[example.text], pictures, list(example.own))
+
+
+def mean_cosine(features: Tensor) -> float:
+    """Return the mean cosine between unit-norm features [N, D], each with itself included; near 1 all are alike."""
+    return float(features.float().mean(0).square().sum())

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from accel_clip.assembly import assemble
 from accel_clip.chunks import Plan
 from accel_clip.config import Config, OptimConfig, TrainConfig
 from accel_clip.data.order import Order, check_divisible
@@ -19,20 +20,17 @@ from accel_clip.data.sources.resolve import open_labelled, open_source
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import AccelClipError
 from accel_clip.losses.base import Loss, build_loss
-from accel_clip.losses.gradient import warn_of_dense_logits
-from accel_clip.models.anatomy import Anatomy, examine
-from accel_clip.models.blocks import recompute_activations
+from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel, build_model
-from accel_clip.models.freezing import freeze, freeze_unused
-from accel_clip.models.training_model import TrainingModel, no_decay_names
-from accel_clip.optim.optimizers import build_optimizer, parameter_groups
+from accel_clip.models.freezing import freeze
+from accel_clip.optim.optimizers import parameter_groups
 from accel_clip.optim.schedules import Schedule, build_schedule
 from accel_clip.plan import Workplace, choose_plan
 from accel_clip.preflight.problems import Problems
 from accel_clip.processes import build_accelerator, choose_workers
 from accel_clip.randomness import derive_seed
 from accel_clip.stopping import check_metric
-from accel_clip.trainer import TRAINING_METRICS
+from accel_clip.tracking import TRAINING_METRICS
 
 
 @dataclass(frozen=True)
@@ -167,23 +165,24 @@ def assembled(
     config: Config, num_processes: int, accelerator: Accelerator, loss: Loss, data: DataParts, model: ClipModel
 ) -> Parts:
     """Return the parts, put together in the trainer's order; raises what does not fit."""
-    freeze_unused(model, loss)
-    anatomy = examine(model.clip, model.tokenizer)
-    loss.to(accelerator.device)
-    loss.prepare(model, accelerator)
-    if config.train.activation_checkpointing:
-        recompute_activations(model.clip)
-    named = [*model.clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(loss.parameters()))]
-    optimizer = build_optimizer(named, config.optim, no_decay_names(model.clip))
-    wrapped, optimizer = accelerator.prepare(TrainingModel(model, anatomy.separate), optimizer)
-    train = own_part(config.train, num_processes)
-    plan = choose_plan(Workplace(accelerator, wrapped, model, anatomy), train)
-    warn_of_dense_logits(loss, config.train.batch_size, model.model_config["embed_dim"])
+    put = assemble(config, accelerator, loss, model)
+    plan = choose_plan(put.place, own_part(config.train, num_processes))
     workers = choose_workers(config.data.workers, accelerator.device)
     if config.data.workers is None:
         workers = max(1, workers // num_processes)
+    wrapped, optimizer = put.wrapped, put.optimizer
     return Parts(
-        config, num_processes, accelerator, loss, data, model, anatomy, wrapped, optimizer, plan, num_workers=workers
+        config,
+        num_processes,
+        accelerator,
+        loss,
+        data,
+        model,
+        put.anatomy,
+        wrapped,
+        optimizer,
+        plan,
+        num_workers=workers,
     )
 
 

@@ -1,0 +1,58 @@
+"""A run that learns nothing, or whose features collapse, is told to its user once there is reason to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from accel_clip.evaluation.evaluator import mean_cosine
+from accel_clip.health import ChanceWatch, describe_non_finite, is_finite, warn_of_collapse
+
+
+def test_a_loss_that_stays_at_chance_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = ChanceWatch(64)
+    watch.look(100, {"loss/contrastive_loss": math.log(64)})  # too early
+    watch.look(300, {"loss/contrastive_loss": math.log(64) - 0.5})  # it learns
+    watch.look(300, {"loss/margin_loss": 4.16})  # another loss starts elsewhere
+    assert "warning" not in capsys.readouterr().err
+    for step in (400, 500):
+        watch.look(step, {"loss/contrastive_loss": math.log(64) + 0.01})
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "4.169" in said and "4.159" in said and "400 steps" in said
+
+
+def test_features_that_collapse_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    varied, alike = (
+        normalize(torch.randn(50, 8), dim=1),
+        normalize(torch.randn(1, 8) + 0.01 * torch.randn(50, 8), dim=1),
+    )
+    assert mean_cosine(varied) == pytest.approx((varied @ varied.T).mean().item(), abs=1e-6)
+    cosines = {"pictures": mean_cosine(alike), "captions": mean_cosine(varied)}
+    warn_of_collapse(0, cosines)
+    assert "warning" not in capsys.readouterr().err
+    warn_of_collapse(250, cosines)
+    said = capsys.readouterr().err
+    assert "different pictures are nearly equal" in said and "captions" not in said
+
+
+def test_an_overflow_in_half_precision_is_lost_only_when_the_scale_has_no_room() -> None:
+    class Scaler:
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+        def get_scale(self) -> float:
+            return self.scale
+
+    overflow = {"loss": 1.0, "grad_norm": math.inf}
+    assert not is_finite(overflow, None)
+    assert is_finite(overflow, Scaler(1024.0)) and not is_finite(overflow, Scaler(0.5))
+    assert not is_finite({"loss": math.nan, "grad_norm": 1.0}, Scaler(1024.0))
+
+
+def test_what_is_not_finite_is_named_with_its_samples() -> None:
+    text = describe_non_finite(7, {"loss": math.nan, "loss/a_loss": math.inf, "grad_norm": 2.0}, list(range(20)))
+    assert "step 7" in text and "loss/a_loss inf" in text and "samples 0, 1" in text and "and 4 more" in text
