@@ -57,7 +57,8 @@ class Scenario:
 
     batch_size: pairs of one process; micro_batch_size: what goes through a tower at once, and open_clip's batch, of
     which `--accum-freq` make one step; activation_gib: what our graphs may hold, None for what the machine has, 0 to
-    run every chunk twice; saves_tokens: captions are trimmed and equal ones encoded once.
+    run every chunk twice; saves_tokens: captions are trimmed and equal ones encoded once; knows_features: those of our
+    locked image tower come from a cache.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Scenario:
     activation_gib: float | None = None
     saves_tokens: bool = True
     locks_image: bool = False
+    knows_features: bool = False
     loss: str = "clip"
 
 
@@ -80,7 +82,10 @@ SCENARIOS = {
         Scenario(f"two passes, {size // 32} chunks of 32", SMALL, size, activation_gib=0, saves_tokens=False)
         for size in (128, 512, 2048)
     ],
-    "locked": [Scenario("image tower locked, accumulation", locks_image=True)],
+    "locked": [
+        Scenario("image tower locked, accumulation", locks_image=True),
+        Scenario("image tower locked, its features cached, accumulation", locks_image=True, knows_features=True),
+    ],
 }
 
 
@@ -106,12 +111,14 @@ class Ours:
         plan = choose_plan(Workplace(self.accelerator, self.wrapped, model, anatomy), config)
         loss = build_loss(LossConfig(scenario.loss))
         self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, loss, anatomy, plan)
+        self.knows_features = scenario.knows_features
 
     def on(self, batch: Batch) -> Callable[[], float]:
         """Return what takes one optimizer step on a batch and returns the loss."""
+        known = self.with_features(batch) if self.knows_features else batch
 
         def step() -> float:
-            loss = self.add_gradient(batch)
+            loss = self.add_gradient(known)
             self.accelerator.clip_grad_norm_(self.trained, LARGEST_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -119,6 +126,13 @@ class Ours:
             return loss
 
         return step
+
+    def with_features(self, batch: Batch) -> Batch:
+        """Return a batch as the loader gives it where the features of its pictures are cached."""
+        self.wrapped.train()
+        with torch.no_grad():
+            features = self.wrapped(image=batch.image)["image_features"]
+        return replace(batch, image=batch.image[:, :, :0, :0], features={"image_features": features})
 
     def add_gradient(self, batch: Batch) -> float:
         """Add the gradient of a batch to the parameters and return its loss."""

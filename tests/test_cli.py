@@ -107,7 +107,9 @@ def test_a_run_writes_its_folder_and_open_clip_loads_the_export(tmp_path: Path) 
     )
 
     again = train_py(*small_run(tmp_path), folder=tmp_path)
-    assert again.code == 2 and "output_dir" in again.err and "run" in again.err
+    assert again.code == 0 and "the run in run is complete at step 4" in again.err
+    refused = train_py(*small_run(tmp_path), "--checkpoint.resume", "never", folder=tmp_path)
+    assert refused.code == 2 and "checkpoint.resume: never" in refused.err and "another output_dir" in refused.err
     (tmp_path / "red").mkdir()
     (tmp_path / "blue").mkdir()
     for number, colour in enumerate(("red", "blue", "red")):
