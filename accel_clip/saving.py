@@ -72,9 +72,13 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for what is being written; collective. Raises `StorageError` on every process when it failed."""
+        self.settle()
+        raise_for_all(self.accelerator, self.error)
+
+    def settle(self) -> None:
+        """Let a write in flight come to its end, whatever that is: for a run that fails; no collective."""
         if self.writer is not None and self.error is None:
             self.error = self.attempt(self.writer.wait)
-        raise_for_all(self.accelerator, self.error)
 
     def share_of_time(self) -> float:
         """Return the share of the run's time that checkpoints took from the training; 0 on other processes."""

@@ -486,6 +486,7 @@ class Trainer:
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""
         self.progress.close()
+        self.saver.settle()
         known_to_all = getattr(error, "on_every_process", False)
         if self.accelerator.is_main_process or not known_to_all:
             state = "preempted" if isinstance(error, Preempted) else "failed"
