@@ -174,6 +174,7 @@ class Folder:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
             )
         return Launch(process, self.path / run, said)
 
@@ -250,6 +251,20 @@ def test_two_killed_processes_end_like_two_that_were_not(shared: Folder) -> None
     done = shared.finish(CPU_2, "killed")
     assert done.code == 0, done.err
     assert_same_end(shared.path / "killed", shared.path / "whole-2")
+
+
+def test_three_killed_processes_end_like_three_that_were_not(tmp_path: Path) -> None:
+    """From three processes on it matters in which order gradients are added up."""
+    two = (ROOT / "accelerate_configs" / "cpu_2.yaml").read_text()
+    (tmp_path / "cpu_3.yaml").write_text(two.replace("num_processes: 2", "num_processes: 3"))
+    folder, launcher = Folder(tmp_path), ("--config_file", str(tmp_path / "cpu_3.yaml"))
+    words = ("--train.batch_size", "9")
+    whole = folder.finish(launcher, "whole", *words)
+    assert whole.code == 0 and "training on 3 process(es)" in whole.err, whole.err
+    assert folder.finish(launcher, "killed", *words, ACCEL_CLIP_FAULT="step:7").code != 0
+    done = folder.finish(launcher, "killed", *words)
+    assert done.code == 0 and "going on from" in done.err, done.err
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_another_number_of_processes_goes_on_to_rounding(tmp_path: Path) -> None:
