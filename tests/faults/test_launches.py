@@ -128,6 +128,11 @@ class Launch:
         return self.said.read_text(errors="replace")
 
 
+def hear_interrupts() -> None:
+    """Undo what a shell does to a command that it starts in the background: its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def is_launcher(process: psutil.Process) -> bool:
     return "accelerate.commands.launch" in process.cmdline()
 
@@ -174,7 +179,7 @@ class Folder:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+                preexec_fn=hear_interrupts,  # noqa: PLW1509  sets a handler alone
             )
         return Launch(process, self.path / run, said)
 
