@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
+from operator import getitem
 from typing import Any
 
-from accel_clip.command_line import load_config
+from accel_clip.command_line import known_keys, load_config
 from accel_clip.config import Config
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
@@ -55,27 +57,19 @@ def is_finished(config: Config) -> bool:
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ by dotted key, with both values."""
-    old, new = flattened(before.to_dict()), flattened(now.to_dict())
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    old, new = flattened(before), flattened(now)
+    return {key: (old[key], new[key]) for key in old if old[key] != new[key]}
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return sections as dotted keys; settings that are dictionaries themselves stay whole."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name in SECTIONS:
-            flat.update({f"{name}.{key}": plain(inner) for key, inner in value.items()})
-        else:
-            flat[name] = plain(value)
-    return flat
+def flattened(config: Config) -> dict[str, Any]:
+    """Return every setting by its dotted key; settings that are dictionaries themselves stay whole."""
+    settings = config.to_dict()
+    return {key: plain(reduce(getitem, key.split("."), settings)) for key in known_keys()}
 
 
 def plain(value: Any) -> Any:
     """Return a setting as JSON gives it back, so that a tuple equals a list."""
     return json.loads(json.dumps(value))
-
-
-SECTIONS = ("data", "model", "loss", "optim", "train", "eval", "checkpoint", "track", "stop")
 
 
 def may_change(key: str) -> bool:

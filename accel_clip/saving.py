@@ -66,8 +66,8 @@ class Saver:
         state = {**state, "scaler": None if scaler is None else scaler.state_dict()}
         self.last_save = time.monotonic()
         if self.writer is not None and self.error is None:
-            writer, inner = self.writer, getattr(self.optimizer, "optimizer", self.optimizer)
-            snapshot = take_snapshot(step, self.parts, inner, random_states, state, is_best)
+            writer = self.writer
+            snapshot = take_snapshot(step, self.parts, self.optimizer, random_states, state, is_best)
             self.error = self.attempt(lambda: writer.submit(snapshot))
 
     def finish(self) -> None:

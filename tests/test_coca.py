@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from comparison import assert_equal_gradients
 from open_clip.loss import CoCaLoss
 from torch import Tensor
 
@@ -62,13 +63,6 @@ def step_on(model: ClipModel, loss: Loss, batch: Batch, plan: Plan) -> tuple[dic
     return step(batch), {
         name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None
     }
-
-
-def assert_equal_gradients(given: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert given.keys() == expected.keys()
-    for name, reference in expected.items():
-        difference = (given[name] - reference).abs().max() / reference.abs().max().clamp_min(1e-12)
-        assert difference <= tolerance, f"{name}: {difference}"
 
 
 @pytest.mark.parametrize(("rows", "num_kept"), [(7, 1), (3, 0), (3, 2), (2, 4), (1, 3)])

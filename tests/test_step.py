@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import small_model
+from comparison import assert_equal_gradients
 from torch import Tensor
 
 from accel_clip.chunks import Plan as SidedPlan
@@ -75,13 +76,6 @@ def plain_gradients(model: ClipModel, loss: Loss, batch: Batch) -> dict[str, Ten
     outputs = model.clip(image=(batch.image / 255 - mean) / std, text=batch.tokens)
     total(loss({key: value for key, value in outputs.items() if value is not None})).backward()
     return {name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None}
-
-
-def assert_equal_gradients(given: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert given.keys() == expected.keys()
-    for name, reference in expected.items():
-        difference = (given[name] - reference).abs().max() / reference.abs().max().clamp_min(1e-12)
-        assert difference <= tolerance, f"{name}: {difference}"
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
