@@ -22,9 +22,9 @@ from accel_clip.chunks import Plan
 from accel_clip.command_line import save_config
 from accel_clip.config import Config
 from accel_clip.console import Progress, say
-from accel_clip.data.augmentation import evaluation_pixels
 from accel_clip.data.bad_samples import BadSampleLog
 from accel_clip.data.batch import Batch
+from accel_clip.data.examples import preparation_for
 from accel_clip.data.feature_cache import FeatureCache
 from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
@@ -298,13 +298,12 @@ class Trainer:
 
     def open_loader(self) -> Generator[Batch, None, None]:
         """Return this process's part of the contrastive batches that are left."""
-        accelerator, model, data = self.accelerator, self.model, self.config.data
+        accelerator, data = self.accelerator, self.config.data
         num_left = (self.num_steps - self.state.step) * self.config.train.accumulate
         batches = range(self.state.next_batch, self.state.next_batch + num_left)
         places = BatchPlaces(self.order, batches, accelerator.process_index, accelerator.num_processes)
-        size = model.preprocess_config["size"]
-        pixels = evaluation_pixels(model.preprocess_config) if data.augmentation == "none" else None
-        pairs = TrainingPairs(self.pairs, self.order, model.tokenizer, size, data.max_pixels, pixels, self.features)
+        preparation = preparation_for(self.model, self.config, self.features)
+        pairs = TrainingPairs(self.pairs, self.order, preparation)
         batches_left = iterate(pairs, places, data, self.num_workers, accelerator.device.type == "cuda")
         return self.opened.enter_context(closing(batches_left))
 

@@ -31,6 +31,7 @@ from PIL import Image
 from timing import Timing, describe_machine
 
 from accel_clip.config import DataConfig
+from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources.resolve import open_source
@@ -136,7 +137,7 @@ def our_batches(shard: Path, given: Namespace) -> Iterable[int]:
     data = DataConfig(train=[str(shard)])
     source = open_source(str(shard), data)
     order = Order(len(source), given.batch_size, seed=0)
-    pairs = TrainingPairs(source, order, TOKENIZER, PIXELS, data.max_pixels)
+    pairs = TrainingPairs(source, order, Preparation(TOKENIZER, PIXELS, data.max_pixels, order.seed))
     places = BatchPlaces(order, range(order.batches_per_epoch), process=0, num_processes=1)
     for batch in iterate(pairs, places, data, num_workers=1, pin_memory=False):
         yield len(batch.image)

@@ -18,6 +18,7 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import REASONS, BadSample, BadSampleLog, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, choose_caption
+from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources import shard_reader
@@ -56,7 +57,7 @@ def tokenizer() -> Callable[[list[str]], Tensor]:
 
 def batches_of(source: Source, order: Order, num_batches: int, tokenizer: Callable[[list[str]], Tensor]) -> list[Batch]:
     """Return the first batches of a run."""
-    pairs = TrainingPairs(source, order, tokenizer, SIZE, MAX_PIXELS)
+    pairs = TrainingPairs(source, order, Preparation(tokenizer, SIZE, MAX_PIXELS, order.seed))
     return list(iterate(pairs, BatchPlaces(order, range(num_batches), 0, 1), DataConfig(), 0, pin_memory=False))
 
 

@@ -25,7 +25,8 @@ from accel_clip.chunks import Plan
 from accel_clip.config import DataConfig, LossConfig, ModelConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.batch import Batch
-from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate, numbers_in
+from accel_clip.data.examples import Preparation, numbers_in
+from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_pairs
 from accel_clip.data.sources.base import Pair
@@ -491,7 +492,7 @@ def first_batch(file: str, model: ClipModel, columns: tuple[str, ...], num_worke
     config = DataConfig(train=[file], val_fraction=0)
     source, _ = open_pairs(config, columns)
     order = Order(len(source), len(source), 3)
-    pairs = TrainingPairs(source, order, model.tokenizer, 32, 1e6)
+    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, 32, 1e6, 3))
     return next(iterate(pairs, BatchPlaces(order, range(1), 0, 1), config, num_workers, False))
 
 

@@ -19,10 +19,11 @@ from PIL import Image
 
 from accel_clip import Config, train
 from accel_clip.config import DataConfig, LossConfig, ModelConfig, TrainConfig
-from accel_clip.data import feature_encoding, loader
+from accel_clip.data import examples, feature_encoding
 from accel_clip.data.augmentation import evaluation_pixels
 from accel_clip.data.batch import Batch
 from accel_clip.data.decode import decode_picture
+from accel_clip.data.examples import Preparation
 from accel_clip.data.feature_cache import FeatureCache, FeatureWriter, what_changed
 from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
@@ -78,7 +79,7 @@ def batches_of(
     """Return the batches of three epochs."""
     order = Order(len(pairs), 5, seed=1)
     pixels = evaluation_pixels(tower.model.preprocess_config)
-    data = TrainingPairs(pairs, order, tower.model.tokenizer, 32, 1e6, pixels, features)
+    data = TrainingPairs(pairs, order, Preparation(tower.model.tokenizer, 32, 1e6, 1, pixels, features))
     return list(iterate(data, BatchPlaces(order, range(12), 0, 1), DATA, num_workers, pin_memory=False))
 
 
@@ -106,7 +107,7 @@ def test_features_are_those_of_training_and_nothing_else_of_a_batch_changes(
     expected = batches_of(tower, pairs)
     cache = cache_of(tower, pairs, table.parent)
     if side == "image":
-        monkeypatch.setattr(loader, "decode_picture", not_called)
+        monkeypatch.setattr(examples, "decode_picture", not_called)
     found = batches_of(tower, pairs, {side: cache}, num_workers)
     tower.wrapped.train()
     for batch, plain in zip(found, expected, strict=True):
@@ -152,7 +153,7 @@ def test_unusable_pictures_are_met_as_without_the_cache(
     expected = batches_of(tower, pairs)
     assert {bad.reason for batch in expected for bad in batch.bad_samples} == {"unreadable", "missing_file"}
     cache = cache_of(tower, pairs, table.parent)
-    monkeypatch.setattr(loader, "decode_picture", not_called)
+    monkeypatch.setattr(examples, "decode_picture", not_called)
     found = batches_of(tower, pairs, {"image": cache})
     assert [batch.bad_samples for batch in found] == [batch.bad_samples for batch in expected]
     assert [batch.sample.tolist() for batch in found] == [batch.sample.tolist() for batch in expected]
@@ -326,7 +327,7 @@ def test_a_run_with_the_cache_is_the_run_without_it(
     )
     train(plain)
     if side == "image":
-        monkeypatch.setattr(loader, "decode_picture", not_called)
+        monkeypatch.setattr(examples, "decode_picture", not_called)
     train(cached)
     expected = losses_of(Path(plain.output_dir))
     assert len(expected) == 4

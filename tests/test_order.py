@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from accel_clip.data.order import Order, check_divisible
+from accel_clip.data.order import Order, Place, check_divisible
 from accel_clip.faults import ConfigError
 
 
@@ -12,8 +12,8 @@ def samples_of(order: Order, num_batches: int, num_processes: int) -> list[list[
     """Return each contrastive batch as its samples, put together from the parts of all processes."""
     batches = []
     for batch in range(num_batches):
-        parts = [order.positions(batch, process, num_processes) for process in range(num_processes)]
-        batches.append([order.sample(epoch, position) for epoch, positions in parts for position in positions])
+        parts = [order.places(batch, process, num_processes) for process in range(num_processes)]
+        batches.append([order.sample(place.epoch, place.position) for places in parts for place in places])
     return batches
 
 
@@ -43,7 +43,7 @@ def test_epochs_and_seeds_differ() -> None:
 @pytest.mark.parametrize("position", [0, 5, 9, 17, 23])
 def test_replacements_stand_at_the_same_slot_of_the_following_batches(position: int) -> None:
     order = Order(27, 6, seed=1)  # four batches and a tail of three
-    places = [[order.sample(0, place) for place in range(27)].index(s) for s in order.candidates(0, position)]
+    places = [[order.sample(0, place) for place in range(27)].index(s) for s in order.candidates(Place(0, position))]
     slot = position % 6
     expected = [*range(position, 24, 6), *range(slot, position, 6), *([24 + slot] if slot < 3 else [])]
     assert places == expected

@@ -26,6 +26,7 @@ from accel_clip.config import (
     TrackConfig,
     TrainConfig,
 )
+from accel_clip.data.examples import Preparation, preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources.resolve import open_source
@@ -94,7 +95,7 @@ def build_reference(config: Config) -> dict[str, torch.Tensor]:
     model = build_model(config.model)
     pairs, _ = open_pairs(config.data)
     order = Order(len(pairs), config.train.batch_size, config.seed)
-    data = TrainingPairs(pairs, order, model.tokenizer, 32, config.data.max_pixels)
+    data = TrainingPairs(pairs, order, preparation_for(model, config))
     mean = torch.tensor(model.preprocess_config["mean"]).view(1, 3, 1, 1)
     std = torch.tensor(model.preprocess_config["std"]).view(1, 3, 1, 1)
     loss = torch.zeros(())
@@ -220,7 +221,7 @@ def test_replacements_never_put_a_sample_twice_into_a_batch(table: Path) -> None
     source = open_source(str(table), DataConfig())
     model = build_model(ModelConfig(small_model(table.parent)))
     order = Order(NUM_PAIRS, 10, seed=5)
-    pairs = TrainingPairs(source, order, model.tokenizer, 32, 1e6)
+    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, 32, 1e6, 5))
     for batch in iterate(pairs, BatchPlaces(order, range(8), 0, 1), DataConfig(), 0, pin_memory=False):
         assert len(set(batch.sample.tolist())) == 10
         assert not set(batch.sample.tolist()) & {1, 2, 3, 4, 5, 20, 21, 40}

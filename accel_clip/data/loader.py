@@ -5,18 +5,13 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from random import Random
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from PIL.Image import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from accel_clip.config import DataConfig
-from accel_clip.data.augmentation import random_box, resized
 from accel_clip.data.bad_samples import (
     MISSING,
     SAMPLES_TO_KNOW_THE_ROOT,
@@ -26,83 +21,45 @@ from accel_clip.data.bad_samples import (
     too_few_usable,
 )
 from accel_clip.data.batch import Batch
-from accel_clip.data.captions import choose_caption, hash_of
-from accel_clip.data.decode import decode_part, decode_picture
-from accel_clip.data.feature_cache import FeatureCache
-from accel_clip.data.order import Order
-from accel_clip.data.sources.base import Pair, Source
+from accel_clip.data.examples import Example, Preparation, batch_of
+from accel_clip.data.order import Order, Place
+from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError, recognised
-from accel_clip.randomness import derive_seed
-
-MOST_KNOWN_CAPTIONS = 100_000  # about 100 MB; tokenizing costs more than decoding a small picture
-NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
-class Place:
-    """A position in the order of an epoch."""
+class Found:
+    """An example, and the unusable samples that were met in search of it."""
 
-    epoch: int
-    position: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L], extra float32 [any width] by column.
-
-    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty.
-    """
-
-    image: Tensor
-    tokens: Tensor
-    sample: int
-    caption_hash: int
-    picture_hash: int
+    example: Example
     bad_samples: tuple[BadSample, ...]
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TrainingPairs(Dataset[Example | DataError]):
-    """The pairs of a source by their place in the order; an unusable one is replaced by rule.
+class TrainingPairs(Dataset[Found | DataError]):
+    """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
-    pixels: from a decoded picture to uint8 [3, H, W], the same every time; None = a random crop of `image_size`.
-    features: what is known of a tower, image or text; where pictures are known none is decoded, and `image` is empty.
-    """
+    def __init__(self, source: Source, order: Order, preparation: Preparation) -> None:
+        self.source, self.order, self.preparation = source, order, preparation
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        tokenizer: Callable[[list[str]], Tensor],
-        image_size: int | tuple[int, int],
-        max_pixels: float,
-        pixels: Callable[[Image], Tensor] | None = None,
-        features: Mapping[str, FeatureCache] | None = None,
-    ) -> None:
-        self.pixels, self.features = pixels, features or {}
-        self.source, self.order, self.tokenizer, self.max_pixels = source, order, tokenizer, max_pixels
-        self.known_tokens: dict[str, Tensor] = {}
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.size = width, height
-
-    def __getitem__(self, place: Place) -> Example | DataError:
+    def __getitem__(self, place: Place) -> Found | DataError:
         """Return the pair at a place; an error is returned too, since raised in a worker it would lose its message."""
         try:
             return self.find(place)
         except DataError as error:
             return error
 
-    def find(self, place: Place) -> Example:
+    def find(self, place: Place) -> Found:
         """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any.
 
         The search ends early where nothing but missing files is met: a wrong folder is told before all of it is tried.
         """
         met: list[BadSample] = []
-        for sample in self.order.candidates(place.epoch, place.position):
+        for sample in self.order.candidates(place):
             try:
-                return self.load(sample, place.epoch, tuple(met))
+                pair = self.source[sample]
+                example = self.preparation.example(pair, self.source.key(sample), sample, place.epoch)
+                return Found(example, tuple(met))
             except UnusableSample as problem:
                 met.append(self.describe(problem, sample, place.epoch, its_turn=not met))
             if len(met) >= SAMPLES_TO_KNOW_THE_ROOT and all(bad.reason == MISSING for bad in met):
@@ -110,44 +67,10 @@ class TrainingPairs(Dataset[Example | DataError]):
         where = f"position {place.position} of epoch {place.epoch}"
         raise too_few_usable(f"data.train: no sample can be used at {where}", met)
 
-    def load(self, sample: int, epoch: int, bad_samples: tuple[BadSample, ...]) -> Example:
-        """Return a sample; its caption and augmentation are drawn by (seed, epoch, sample) alone."""
-        pair = self.source[sample]
-        caption = choose_caption(pair.captions, self.order.seed, epoch, sample)
-        hashes = {"text": hash_of("caption", caption), "image": hash_of("picture", self.source.key(sample))}
-        features = {f"{side}_features": known[hashes[side]] for side, known in self.features.items()}
-        image = NO_PICTURE if "image" in self.features else self.image_of(pair, sample, epoch)
-        tokens, numbers = self.tokens_of(caption), numbers_in(pair)
-        return Example(image, tokens, sample, hashes["text"], hashes["image"], bad_samples, numbers, features)
-
-    def image_of(self, pair: Pair, sample: int, epoch: int) -> Tensor:
-        """Return the pixels of a pair's picture, uint8 [3, H, W]."""
-        if self.pixels is not None:
-            return self.pixels(decode_picture(pair.image, self.max_pixels))
-        choose = partial(random_box, Random(derive_seed(self.order.seed, "augmentation", epoch, sample)))
-        return resized(decode_part(pair.image, self.max_pixels, choose, self.size), self.size)
-
-    def tokens_of(self, caption: str) -> Tensor:
-        """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
-        tokens = self.known_tokens.get(caption)
-        if tokens is None:
-            tokens = self.tokenizer([caption])[0]
-            if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
-                self.known_tokens[caption] = tokens
-        return tokens
-
     def describe(self, problem: UnusableSample, sample: int, epoch: int, its_turn: bool) -> BadSample:
         """Return the record of an unusable sample."""
         source, index = origin(self.source, sample)
         return BadSample(source.name, index, problem.reason, problem.path, problem.detail, epoch, its_turn)
-
-
-def numbers_in(pair: Pair) -> dict[str, Tensor]:
-    """Return a pair's columns of numbers, float32; raises `UnusableSample` where they could mean several captions."""
-    if pair.extra and len(pair.captions) > 1:
-        detail = f"{len(pair.captions)} captions share the numbers in {', '.join(pair.extra)}: write a row for each"
-        raise UnusableSample("unreadable", detail)
-    return {name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in pair.extra.items()}
 
 
 class BatchPlaces(Sampler[list[Place]]):
@@ -162,26 +85,16 @@ class BatchPlaces(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         for batch in self.batches:
-            epoch, positions = self.order.positions(batch, self.process, self.num_processes)
-            yield [Place(epoch, position) for position in positions]
+            yield self.order.places(batch, self.process, self.num_processes)
 
 
-def collate(fetched: Sequence[Example | DataError]) -> Batch | DataError:
-    """Return examples as one batch, or the first error among them."""
+def collate(fetched: Sequence[Found | DataError]) -> Batch | DataError:
+    """Return what was found as one batch, or the first error among it."""
     for item in fetched:
         if isinstance(item, DataError):
             return item
-    examples = [item for item in fetched if isinstance(item, Example)]
-    return Batch(
-        image=torch.stack([example.image for example in examples]),
-        tokens=torch.stack([example.tokens for example in examples]),
-        sample=torch.tensor([example.sample for example in examples]),
-        caption_hash=torch.tensor([example.caption_hash for example in examples]),
-        picture_hash=torch.tensor([example.picture_hash for example in examples]),
-        bad_samples=tuple(bad for example in examples for bad in example.bad_samples),
-        features={name: torch.stack([example.features[name] for example in examples]) for name in examples[0].features},
-        extra={name: torch.stack([example.extra[name] for example in examples]) for name in examples[0].extra},
-    )
+    found = [item for item in fetched if isinstance(item, Found)]
+    return batch_of([item.example for item in found], [bad for item in found for bad in item.bad_samples])
 
 
 def ignore_interrupt(worker: int) -> None:

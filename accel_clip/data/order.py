@@ -18,6 +18,14 @@ from accel_clip.randomness import derive_seed
 
 
 @dataclass(frozen=True)
+class Place:
+    """A position in the order of an epoch."""
+
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of `num_samples` samples in contrastive batches of `batch_size`."""
 
@@ -41,26 +49,27 @@ class Order:
         """Return the sample at a position of an epoch."""
         return int(permutation(self.seed, epoch, self.num_samples)[position])
 
-    def candidates(self, epoch: int, position: int) -> Iterator[int]:
-        """Yield the sample at a position, then those that may replace it when it is unusable.
+    def candidates(self, place: Place) -> Iterator[int]:
+        """Yield the sample at a place, then those that may replace it when it is unusable.
 
         They stand at the same slot of the following batches, then of the first ones, then in the left-out tail: slots
         never meet, so no batch can hold a sample twice, and every worker finds the replacement alone.
         """
+        epoch, position = place.epoch, place.position
         full = self.batches_per_epoch * self.batch_size
         slot = position % self.batch_size
         later = range(position, full, self.batch_size)
         earlier = range(slot, position, self.batch_size)
         tail = [full + slot] if full + slot < self.num_samples else []
-        for place in (*later, *earlier, *tail):
-            yield self.sample(epoch, place)
+        for each in (*later, *earlier, *tail):
+            yield self.sample(epoch, each)
 
-    def positions(self, batch: int, process: int, num_processes: int) -> tuple[int, range]:
-        """Return the epoch and the positions of one process in contrastive batch `batch` of the run, counted from 0."""
+    def places(self, batch: int, process: int, num_processes: int) -> list[Place]:
+        """Return the places of one process in contrastive batch `batch` of the run, counted from 0."""
         epoch, index = divmod(batch, self.batches_per_epoch)
         share = self.batch_size // num_processes
         start = index * self.batch_size + process * share
-        return epoch, range(start, start + share)
+        return [Place(epoch, position) for position in range(start, start + share)]
 
 
 @lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import choose_caption, hash_of
 from accel_clip.data.decode import Box, decode_part
-from accel_clip.data.loader import numbers_in
+from accel_clip.data.examples import numbers_in
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import origin
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from accel_clip.chunks import Plan
-from accel_clip.data.augmentation import evaluation_pixels
 from accel_clip.data.batch import Batch
+from accel_clip.data.examples import preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.faults import ConfigError
@@ -54,12 +54,10 @@ def other_workers(parts: Parts) -> list[int]:
 
 def loader_rate(parts: Parts, num_workers: int, seconds: float) -> float:
     """Return the pairs a second of the loader when nobody waits for them; raises `DataError` without usable pairs."""
-    config, model, source = parts.config, parts.model, parts.data.pairs
+    config, source = parts.config, parts.data.pairs
     rows = min(LOADER_PAIRS, parts.pairs_per_process)
     order = Order(len(source), rows, config.seed)
-    pixels = evaluation_pixels(model.preprocess_config) if config.data.augmentation == "none" else None
-    size, max_pixels = model.preprocess_config["size"], config.data.max_pixels
-    pairs = TrainingPairs(source, order, model.tokenizer, size, max_pixels, pixels)
+    pairs = TrainingPairs(source, order, preparation_for(parts.model, config))
     on_cuda = parts.accelerator.device.type == "cuda"
     loader = iterate(pairs, BatchPlaces(order, range(WITHOUT_END), 0, 1), config.data, num_workers, on_cuda)
     for _ in range(max(1, num_workers)):  # each worker has started, and has made its first batch

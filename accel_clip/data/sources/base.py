@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     import numpy
     from PIL.Image import Image
 
+    from accel_clip.data.bad_samples import UnusableSample
+
 
 @dataclass(frozen=True)
 class Pair:
     """A picture as it is stored, and the captions it may be shown with (none when it has none).
 
-    extra: numbers by the name of the column that they come from, as many in every pair; they mean the only caption.
+    weights: how often each caption is shown beside the others, as many as captions; without any, all alike. extra:
+    numbers by the name of the column that they come from, as many in every pair; they mean the only caption.
     """
 
     image: Image | bytes | Path
     captions: tuple[str, ...]
     label: str | None = None
     extra: Mapping[str, numpy.ndarray | Sequence[float]] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
 
 
 class Source(Protocol):
@@ -42,6 +46,37 @@ class Source(Protocol):
 
     def key(self, index: int) -> str:
         """Return the identity of the picture: pairs with one key show one picture."""
+        ...
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What comes by next in a shard of a stream: a pair with its picture's key, or what is wrong with one.
+
+    end: the place behind it, from which the shard can be read on: any number above 0 that the stream understands.
+    """
+
+    key: str
+    pair: Pair | UnusableSample
+    end: int
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A source that is read from front to back, shard after shard, and does not know its length.
+
+    It is pickled into loader workers, each of which reads other shards. Registered like a map-style source.
+    """
+
+    name: str
+    num_shards: int
+
+    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+        """Yield what a shard holds from a place on, 0 or the `end` of something that this shard gave before.
+
+        What is broken, missing or cut off is given as an `UnusableSample` in its place; the rest of a shard that cannot
+        be read after all attempts is one of them, and the last.
+        """
         ...
 
 

@@ -6,8 +6,8 @@ This module imports nothing heavy, so that `locate` finds a missing file before 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
@@ -30,6 +30,8 @@ FORMS = (
 class SourceOptions(SourceConfig):
     """All settings of one source: those of its item completed by the `data` section's, which every opener receives."""
 
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """column(s) with captions and how often each is shown beside the others; empty = found by the usual names"""
     encoding: str | None = None
     """text encoding of tables and captions; null = found"""
     label_key: str | None = None
@@ -98,8 +100,8 @@ def complete(
     return SourceOptions(
         source=own.source,
         image_key=own.image_key or data.image_key,
-        caption_key=own.caption_key or data.caption_key,
         image_root=own.image_root or data.image_root,
+        captions=dict.fromkeys(own.caption_key or data.caption_key or (), 1.0),
         encoding=data.encoding,
         label_key=label_key,
         needs=needs,

@@ -225,7 +225,7 @@ def text_rules(options: SourceOptions) -> tuple[TextRule | None, TextRule | None
     if options.needs == "labels":
         named = (options.label_key,) if options.label_key else ()
         return None, TextRule("eval.label_key", named, LABEL_EXTENSIONS, LABEL_COLUMNS)
-    return TextRule("data.caption_key", tuple(options.caption_key or ()), CAPTION_EXTENSIONS, CAPTION_COLUMNS), None
+    return TextRule("data.caption_key", tuple(options.captions), CAPTION_EXTENSIONS, CAPTION_COLUMNS), None
 
 
 def names_from_common_folder(paths: Sequence[str]) -> list[str]:

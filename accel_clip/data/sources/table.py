@@ -175,7 +175,7 @@ def choose_columns(schema: pyarrow.Schema, options: SourceOptions, name: str) ->
         label = known_column("eval.label_key", options.label_key, schema, name)
     if options.needs == "labels":
         return Columns(image, (), label or missing_column("eval.label_key", LABEL_COLUMNS, schema, name))
-    captions = tuple(known_column("data.caption_key", key, schema, name) for key in options.caption_key or [])
+    captions = tuple(known_column("data.caption_key", key, schema, name) for key in options.captions)
     usual = usual_column(CAPTION_COLUMNS, [column for column in schema.names if column != image])
     captions = captions or (usual or missing_column("data.caption_key", CAPTION_COLUMNS, schema, name),)
     for column in captions:

@@ -1,0 +1,123 @@
+"""From a pair as it is stored to an example: its picture decoded and augmented, one of its captions tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from accel_clip.config import Config
+from accel_clip.data.augmentation import evaluation_pixels, random_box, resized
+from accel_clip.data.bad_samples import BadSample, UnusableSample
+from accel_clip.data.batch import Batch
+from accel_clip.data.captions import choose_caption, hash_of
+from accel_clip.data.decode import decode_part, decode_picture
+from accel_clip.data.feature_cache import FeatureCache
+from accel_clip.data.sources.base import Pair
+from accel_clip.models.build import ClipModel
+from accel_clip.randomness import derive_seed
+
+MOST_KNOWN_CAPTIONS = 100_000  # about 100 MB; tokenizing costs more than decoding a small picture
+NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L], extra float32 [any width] by column.
+
+    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty.
+    """
+
+    image: Tensor
+    tokens: Tensor
+    sample: int
+    caption_hash: int
+    picture_hash: int
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Preparation:
+    """What a pair goes through before it stands in a batch, drawn by (seed, epoch, sample) alone.
+
+    image_size: of the model, one number or height and width. pixels: from a decoded picture to uint8 [3, H, W], the
+    same every time; None = a random crop of `image_size`. features: what is known of a tower, image or text; where
+    pictures are known none is decoded, and `image` is empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[[list[str]], Tensor],
+        image_size: int | tuple[int, int],
+        max_pixels: float,
+        seed: int,
+        pixels: Callable[[Image], Tensor] | None = None,
+        features: Mapping[str, FeatureCache] | None = None,
+    ) -> None:
+        self.tokenizer, self.max_pixels, self.seed = tokenizer, max_pixels, seed
+        self.pixels, self.features = pixels, features or {}
+        self.known_tokens: dict[str, Tensor] = {}
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.size = width, height
+
+    def example(self, pair: Pair, key: str, sample: int, epoch: int) -> Example:
+        """Return a pair as an example; `key` is its picture's; raises `UnusableSample`."""
+        caption = choose_caption(pair.captions, self.seed, epoch, sample)
+        hashes = {"text": hash_of("caption", caption), "image": hash_of("picture", key)}
+        features = {f"{side}_features": known[hashes[side]] for side, known in self.features.items()}
+        image = NO_PICTURE if "image" in self.features else self.image_of(pair, sample, epoch)
+        tokens, numbers = self.tokens_of(caption), numbers_in(pair)
+        return Example(image, tokens, sample, hashes["text"], hashes["image"], numbers, features)
+
+    def image_of(self, pair: Pair, sample: int, epoch: int) -> Tensor:
+        """Return the pixels of a pair's picture, uint8 [3, H, W]."""
+        if self.pixels is not None:
+            return self.pixels(decode_picture(pair.image, self.max_pixels))
+        choose = partial(random_box, Random(derive_seed(self.seed, "augmentation", epoch, sample)))
+        return resized(decode_part(pair.image, self.max_pixels, choose, self.size), self.size)
+
+    def tokens_of(self, caption: str) -> Tensor:
+        """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
+        tokens = self.known_tokens.get(caption)
+        if tokens is None:
+            tokens = self.tokenizer([caption])[0]
+            if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
+                self.known_tokens[caption] = tokens
+        return tokens
+
+
+def preparation_for(
+    model: ClipModel, config: Config, features: Mapping[str, FeatureCache] | None = None
+) -> Preparation:
+    """Return what pairs go through on their way to a model, as the settings say."""
+    data, preprocess = config.data, model.preprocess_config
+    pixels = evaluation_pixels(preprocess) if data.augmentation == "none" else None
+    return Preparation(model.tokenizer, preprocess["size"], data.max_pixels, config.seed, pixels, features)
+
+
+def numbers_in(pair: Pair) -> dict[str, Tensor]:
+    """Return a pair's columns of numbers, float32; raises `UnusableSample` where they could mean several captions."""
+    if pair.extra and len(pair.captions) > 1:
+        detail = f"{len(pair.captions)} captions share the numbers in {', '.join(pair.extra)}: write a row for each"
+        raise UnusableSample("unreadable", detail)
+    return {name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in pair.extra.items()}
+
+
+def batch_of(examples: Sequence[Example], bad_samples: Sequence[BadSample]) -> Batch:
+    """Return examples as one batch, with the unusable samples that were met on the way to them."""
+    first = examples[0]
+    return Batch(
+        image=torch.stack([example.image for example in examples]),
+        tokens=torch.stack([example.tokens for example in examples]),
+        sample=torch.tensor([example.sample for example in examples]),
+        caption_hash=torch.tensor([example.caption_hash for example in examples]),
+        picture_hash=torch.tensor([example.picture_hash for example in examples]),
+        bad_samples=tuple(bad_samples),
+        features={name: torch.stack([example.features[name] for example in examples]) for name in first.features},
+        extra={name: torch.stack([example.extra[name] for example in examples]) for name in first.extra},
+    )
