@@ -60,3 +60,21 @@ def name_checks(config: Config) -> Iterator[Check]:
     from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
 
     yield partial(registered_name, config.model.name)
+    if config.data.transforms:
+        yield partial(check_transforms, config)
+
+
+def check_transforms(config: Config) -> None:
+    """Raise `ConfigError` for an augmentation that is unknown or does not keep a picture at the model's size."""
+    from open_clip.model import CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg
+
+    from accel_clip.data.transforms import build_transforms
+    from accel_clip.models.build import registered_name, resolved_config
+    from accel_clip.network import go_offline_without_hub
+
+    name = registered_name(config.model.name)
+    if name.startswith("hf-hub:"):
+        go_offline_without_hub()
+    vision = resolved_config(name, config.model.options)["vision_cfg"]
+    build_transforms(config.data.transforms, vision.get("image_size", CLIPVisionCfg.image_size), PreprocessCfg.mean)

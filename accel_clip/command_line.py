@@ -137,22 +137,28 @@ def takes_a_list(hint: Any) -> bool:
     return get_origin(hint) is list or any(get_origin(option) is list for option in get_args(hint))
 
 
+def takes_a_mapping(hint: Any) -> bool:
+    """Return whether a setting of this type may be a mapping instead of a list."""
+    return any(get_origin(option) is dict for option in get_args(hint))
+
+
 def wrap_list_values(flags: list[str]) -> Iterator[str]:
     """Yield the flags with one bare value of a list setting put in brackets: `--plugins mine.py`."""
     keys = known_keys()
-    expects_list = False
+    hint = None
     for word in flags:
         name, equals, value = word.partition("=")
         if name.startswith("--"):
-            expects_list = takes_a_list(keys.get(name[2:]))
-            yield f"{name}={bracket(value)}" if equals and expects_list else word
+            hint = keys.get(name[2:])
+            yield f"{name}={bracket(value, hint)}" if equals else word
         else:
-            yield bracket(word) if expects_list else word
+            yield bracket(word, hint)
 
 
-def bracket(value: str) -> str:
-    """Return a YAML list of one bare value; lists and null stay as they are."""
-    if value.startswith("[") or value == "null":
+def bracket(value: str, hint: Any) -> str:
+    """Return a YAML list of one bare value where the setting is a list; lists, null and mappings of its own stay."""
+    stays = value.startswith("[") or value == "null" or (value.startswith("{") and takes_a_mapping(hint))
+    if stays or not takes_a_list(hint):
         return value
     return f"[{value}]" if value.startswith("{") else json.dumps([value], ensure_ascii=False)
 
@@ -163,7 +169,8 @@ def namespace_of(file: Path) -> dict[str, Any]:
     require_plain(text for _, text in texts_in(settings, ""))
     hints = known_keys()
     for key, value in flatten(settings, file):
-        if takes_a_list(hints.get(key)) and value is not None and not isinstance(value, list):
+        stays = value is None or isinstance(value, list) or (isinstance(value, dict) and takes_a_mapping(hints[key]))
+        if takes_a_list(hints.get(key)) and not stays:
             section, _, name = key.rpartition(".")
             (settings[section] if section else settings)[name] = [value]
     return settings

@@ -15,6 +15,13 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
         raise ConfigError(f"{key}: {value!r} does not work: {rule}")
 
 
+def require_weights(caption_key: list[str] | dict[str, float] | str | None) -> None:
+    """Raise `ConfigError` unless the weights of columns with captions, where there are some, are above 0."""
+    for column, weight in caption_key.items() if isinstance(caption_key, dict) else ():
+        require(isinstance(column, str), "data.caption_key", column, "columns are words: put a number in quotes")
+        require(positive(weight), f"data.caption_key.{column}", weight, "it must be above 0")
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of pairs with settings of its own, which win over those of the `data` section."""
@@ -23,10 +30,13 @@ class SourceConfig:
     """a file, a folder, hf:org/name, a saved dataset, demo, or name:argument of a registered source"""
     image_key: str | None = None
     """column with the picture"""
-    caption_key: list[str] | None = None
-    """column(s) with captions"""
+    caption_key: list[str] | dict[str, float] | str | None = None
+    """column(s) with captions, or {column: weight}"""
     image_root: str | None = None
     """folder that picture paths start from and must stay in"""
+    weight: float | None = None
+    """share of every training batch beside the weights of the other sources, where one without counts 1; without any
+    the sources are shown one after the other as one"""
 
 
 @dataclass(frozen=True)
@@ -35,23 +45,28 @@ class DataConfig:
 
     train: list[str | SourceConfig] = field(default_factory=lambda: ["demo"])
     """one source or a list; an item is a string (a table .csv .tsv .jsonl .parquet, a folder, hf:org/name[:split],
-    a saved dataset, demo, demo:pairs) or {source, image_key, caption_key, image_root}"""
+    a saved dataset, demo, demo:pairs) or {source, image_key, caption_key, image_root, weight}"""
     val: list[str | SourceConfig] | None = None
-    """held-out source(s), written like data.train; null = a part of data.train is held out"""
+    """held-out source(s), written like data.train but without weights; null = a part of data.train is held out"""
     val_fraction: float = 0.05
     """share of data.train that is held out when data.val is null, chosen by a hash of the picture; 0 = none"""
     image_key: str | None = None
     """column with the picture; null = found by the usual names"""
-    caption_key: list[str] | None = None
-    """column(s) with captions; a list is sampled from in training; null = found by the usual names"""
+    caption_key: list[str] | dict[str, float] | None = None
+    """column(s) with captions; of several one is drawn anew every epoch, with {title: 1, alt: 3} alt three times as
+    often as title where a pair has both; null = found by the usual names"""
     image_root: str | None = None
     """folder that picture paths start from and must stay in, links resolved ('/' allows all);
     null = the table's folder"""
     encoding: str | None = None
     """text encoding of tables and .txt captions, such as gb18030; null = by byte-order mark, UTF-8, else detected and
     said"""
+    replacement: bool = False
+    """draw samples with replacement: every batch draws anew from all samples, instead of each once an epoch"""
     workers: int | None = None
     """loader processes per training process; null = chosen from the cores, 0 = load in the training process"""
+    shuffle_buffer: int = 4096
+    """pairs of a stream that are read ahead, over all processes, and shuffled; its shards are shuffled besides"""
     prefetch: int = 2
     """batches each worker prepares ahead"""
     max_bad_fraction: float = 0.01
@@ -61,6 +76,13 @@ class DataConfig:
     """largest picture that is decoded, in pixels"""
     augmentation: str = "crop"
     """crop = a random 90 to 100 % of the picture, anew every epoch; none = resized and cropped as in evaluation"""
+    transforms: list[str | dict[str, Any]] = field(default_factory=list)
+    """further augmentations of training, in this order, on 8-bit pixels at the model's size, after crop as after none:
+    classes of torchvision.transforms.v2 such as RandomHorizontalFlip or {ColorJitter: {brightness: 0.4}}, and timm's
+    policies such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original-mstd0.5"""
+    image_cache_gib: float = 0.0
+    """GiB in the run folder for decoded pictures, memory-mapped and shared by all workers and processes of a machine:
+    from the second epoch on nothing is decoded; used only when all pictures fit; 0 = off"""
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train", self.train, "name at least one source")
@@ -68,12 +90,42 @@ class DataConfig:
         require(self.val is None or len(self.val) > 0, "data.val", self.val, "name at least one source, or null")
         require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "it must be in [0, 1)")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "it must be 0 or more")
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "it must be at least 1")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "it must be at least 1")
+        items = [item for item in (*self.train, *(self.val or [])) if isinstance(item, SourceConfig)]
+        for caption_key in (self.caption_key, *(item.caption_key for item in items)):
+            require_weights(caption_key)
         bad = self.max_bad_fraction
         require(0 <= bad <= 1, "data.max_bad_fraction", bad, "it must be in [0, 1]")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "it must be at least 1")
         known = ("crop", "none")
         require(self.augmentation in known, "data.augmentation", self.augmentation, "it must be crop or none")
+        room = self.image_cache_gib
+        require(room == 0 or positive(room), "data.image_cache_gib", room, "it must be 0 or more")
+        for item in self.train:
+            require_weight(item)
+        for item in self.val or []:
+            refuse_weight(item, "data.val")
+
+    @property
+    def source_weights(self) -> list[float] | None:
+        """Return the weights of the sources to train on, None where they are shown as one."""
+        given = [item.weight if isinstance(item, SourceConfig) else None for item in self.train]
+        if len(given) == 1 or given.count(None) == len(given):
+            return None
+        return [1.0 if weight is None else weight for weight in given]
+
+
+def require_weight(item: str | SourceConfig) -> None:
+    """Raise `ConfigError` for a source to train on whose weight, where it has one, is not above 0."""
+    if isinstance(item, SourceConfig) and item.weight is not None:
+        require(positive(item.weight), f"data.train: weight of {item.source}", item.weight, "it must be above 0")
+
+
+def refuse_weight(item: str | SourceConfig | None, key: str) -> None:
+    """Raise `ConfigError` for a source with a weight where nothing is mixed."""
+    if isinstance(item, SourceConfig) and item.weight is not None:
+        require(False, f"{key}: weight of {item.source}", item.weight, "weights are for data.train alone: leave it out")
 
 
 @dataclass(frozen=True)
@@ -214,6 +266,7 @@ class EvalConfig:
         require(self.every is None or self.every >= 1, "eval.every", self.every, "it must be at least 1, or null")
         require(self.batch_size >= 2, "eval.batch_size", self.batch_size, "it must be at least 2")
         require(len(self.templates) > 0, "eval.templates", self.templates, "name at least one prompt")
+        refuse_weight(self.zero_shot, "eval.zero_shot")
         for template in self.templates:
             require("{}" in template, "eval.templates", template, "every prompt needs {} where the class name goes")
 
@@ -307,9 +360,15 @@ class Config:
             rule = "train.cache_features needs pictures that stay the same: set it to none"
             stays = self.cached_tower != "image" or self.data.augmentation == "none"
             require(stays, "data.augmentation", self.data.augmentation, rule)
+            rule = "train.cache_features needs pictures that stay the same: leave one of the two away"
+            stays = self.cached_tower != "image" or not self.data.transforms
+            require(stays, "data.transforms", self.data.transforms, rule)
             rule = "loss.options.teachers look at every picture, and none is decoded: leave one of the two away"
             looks = self.cached_tower == "image" and bool(self.loss.options.get("teachers"))
             require(not looks, "train.cache_features", True, rule)
+            rule = "train.cache_features of the image tower keeps what comes after the pictures: set it to 0"
+            needed = self.cached_tower != "image" or not self.data.image_cache_gib
+            require(needed, "data.image_cache_gib", self.data.image_cache_gib, rule)
 
     @property
     def cached_tower(self) -> str | None:

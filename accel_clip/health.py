@@ -16,6 +16,8 @@ SAMPLES_SHOWN = 16
 STEPS_BEFORE_A_JUDGEMENT = 200
 CHANCE_MARGIN = 0.02  # below ln(batch), in nats: a loss that has learnt anything is further down
 COLLAPSED_COSINE = 0.98
+LONG_WAIT = 0.1  # of the time of a step
+POINTS_TO_KNOW_A_WAIT = 3  # in a row
 WAYS_OUT = (
     "lower optim.lr, lengthen optim.warmup, set train.precision to bf16 or no, or let train.non_finite skip or "
     "rollback such steps (in another output_dir)"
@@ -61,6 +63,29 @@ class ChanceWatch:
             f"warning: after {step} steps the loss is {loss:.3f}, where a model that knows nothing stands "
             f"(ln of the batch size is {self.chance:.3f}): raise optim.lr or lengthen the run, or look whether "
             "captions belong to their pictures"
+        )
+
+
+class WaitWatch:
+    """Tells once when the step keeps waiting for data; the first point is left out, when workers were starting."""
+
+    def __init__(self, num_workers: int, num_cores: int) -> None:
+        self.num_workers, self.num_cores = num_workers, num_cores
+        self.num_points, self.num_waits, self.told = 0, 0, False
+
+    def look(self, step: int, point: dict[str, float]) -> None:
+        """Take in a training point, whose times are those of a step."""
+        waiting, whole = point["data_time"], point["data_time"] + point["step_time"]
+        waits = self.num_points > 0 and waiting > LONG_WAIT * whole
+        self.num_points += 1
+        self.num_waits = self.num_waits + 1 if waits else 0
+        if self.told or self.num_waits < POINTS_TO_KNOW_A_WAIT:
+            return
+        self.told = True
+        say(
+            f"warning: at step {step} {waiting / whole:.0%} of the time is waiting for data ({waiting:.3f} of "
+            f"{whole:.3f} seconds a step): raise data.workers (now {self.num_workers}, {self.num_cores} cores), keep "
+            "decoded pictures by data.image_cache_gib, or store smaller ones; accel-clip check measures the loader"
         )
 
 

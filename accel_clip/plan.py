@@ -10,9 +10,9 @@ The result decides time and memory only: the gradient is the same for every plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import psutil
@@ -76,6 +76,25 @@ def choose_plan(place: Workplace, config: TrainConfig) -> Plan:
         say(f"micro-batches of {rows} rows; graphs kept between the two passes: {shown or 'none'}")
         warn_of_batch_norm(place.wrapped)
     return plan
+
+
+def plan_state(place: Workplace, config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Return a plan and what it depends on beside the machine's memory, as plain JSON for a checkpoint."""
+    asked = {key: getattr(config, key) for key in ("micro_batch_size", "activation_gib", "threads")}
+    made_for = {**asked, "num_processes": place.accelerator.num_processes}
+    return {"made_for": made_for, "threads": torch.get_num_threads(), **asdict(plan)}
+
+
+def kept_plan(place: Workplace, config: TrainConfig, saved: Mapping[str, Any]) -> Plan | None:
+    """Return the plan in a checkpoint, None when it was made for other settings or no longer fits, which is said."""
+    plan = Plan(**{field.name: saved[field.name] for field in fields(Plan)})
+    same = saved["made_for"] == plan_state(place, config, plan)["made_for"]
+    if same:
+        torch.set_num_threads(saved["threads"])
+    if same and still_fits(place, plan):
+        return plan
+    say("the batch is cut in another way than before: from here on the run is equal to rounding only")
+    return None
 
 
 def largest_that_fits(place: Workplace, rows: int, may_shrink: bool) -> int:

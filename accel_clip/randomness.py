@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 
 
@@ -30,6 +32,20 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         generator.set_state(before)
+
+
+@contextmanager
+def seeded_everywhere(seed: int) -> Iterator[None]:
+    """Run a block with the global generators of torch's CPU, Python and numpy seeded, and restore them afterwards."""
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        with seeded(seed):
+            yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 class RandomState:

@@ -15,7 +15,7 @@ from accel_clip.run_folder import RunFolder
 
 MAY_CHANGE = (
     *("output_dir", "train.epochs", "train.steps", "train.micro_batch_size", "train.activation_gib", "train.threads"),
-    *("train.timeout", "data.workers", "data.prefetch", "data.image_root"),
+    *("train.timeout", "data.workers", "data.prefetch", "data.image_root", "data.image_cache_gib"),
     *("eval.", "checkpoint.", "track.", "stop."),
 )
 """Settings, or sections ending in a dot, that decide nothing about the steps that were taken."""
@@ -23,10 +23,7 @@ LENGTHENS = ("train.epochs", "train.steps")
 
 
 def check_folder(config: Config) -> None:
-    """Raise `ConfigError` where the run folder cannot be used, or holds a run that these settings do not continue.
-
-    Says which settings that may change have changed.
-    """
+    """Raise `ConfigError` where the run folder cannot be used, or holds a run that these settings do not continue."""
     folder = RunFolder(config.output_dir)
     folder.check()
     if not folder.holds_run():
@@ -42,6 +39,12 @@ def check_folder(config: Config) -> None:
                 f"{key}: {folder.path} holds a run with {before!r}, and now it is {now!r}: set it back to continue "
                 "that run, or name another output_dir to start a new one"
             )
+
+
+def say_changes(config: Config) -> None:
+    """Say which settings of the run in the folder have changed, where it holds one."""
+    folder = RunFolder(config.output_dir)
+    changed = differences(load_config(folder.config), config) if folder.holds_run() else {}
     told = [f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items() if key != "output_dir"]
     if told:
         say(f"the run in {folder.path} goes on with changed settings: {', '.join(told)}")

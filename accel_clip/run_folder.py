@@ -23,6 +23,7 @@ class RunFolder:
         self.export = self.path / "export"
         self.checkpoints = self.path / "checkpoints"
         self.features = self.path / "features"
+        self.pictures = self.path / "pictures"
 
     def holds_run(self) -> bool:
         """Return whether a run has begun here."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +18,49 @@ from accel_clip.check import check_files, check_names
 from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
 from accel_clip.checkpoint.restore import load_weights
-from accel_clip.chunks import Plan
 from accel_clip.command_line import save_config
 from accel_clip.config import Config
-from accel_clip.console import Progress, say
-from accel_clip.data.bad_samples import BadSampleLog
+from accel_clip.console import say
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.feature_cache import FeatureCache
 from accel_clip.data.feature_encoding import FrozenTower, open_features
-from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
-from accel_clip.data.order import Order, check_divisible
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.feed import Seat, build_feed
+from accel_clip.data.pairs import open_training
+from accel_clip.data.picture_building import open_pictures
+from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.encode import EvaluationInterrupted
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.export import copy_of_weights, export_model, read_metrics
-from accel_clip.faults import ConfigError, NonFiniteError, Preempted, exit_code_of, reached, recognised
+from accel_clip.faults import NonFiniteError, Preempted, exit_code_of, reached, recognised
 from accel_clip.faults import describe as describe_error
 from accel_clip.health import (
     WAYS_OUT,
-    ChanceWatch,
     describe_non_finite,
     gathered_samples,
     is_finite,
     warn_of_collapse,
 )
+from accel_clip.logbook import Logbook
 from accel_clip.losses.base import build_loss, total
-from accel_clip.meters import MeterGroup, RateMeter
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import clamp_logit_scale, share_running_statistics
 from accel_clip.optim.optimizers import set_learning_rate
 from accel_clip.optim.schedules import build_schedule
-from accel_clip.plan import choose_plan, settle_gradient_buckets, still_fits
+from accel_clip.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes, own_command
 from accel_clip.randomness import derive_seed
-from accel_clip.resume import is_finished
+from accel_clip.resume import is_finished, say_changes
 from accel_clip.run_folder import RunFolder
 from accel_clip.run_state import RunState
 from accel_clip.saving import Saver
 from accel_clip.signals import StopSignals
 from accel_clip.step import ContrastiveStep
-from accel_clip.stopping import EarlyStopping, check_metric
-from accel_clip.tracking import TRAINING_METRICS, Tracking
+from accel_clip.stopping import check_metric
+from accel_clip.timetable import Timetable
+from accel_clip.tracking import TRAINING_METRICS
 from accel_clip.watchdog import Watchdog
 
 
@@ -88,6 +87,7 @@ def train(config: Config) -> TrainResult:
     if is_finished(config):
         return finished_result(RunFolder(config.output_dir))
     check_names(config)
+    say_changes(config)
     return Trainer(config).run()
 
 
@@ -108,23 +108,21 @@ class Trainer:
         self.open_data()
         self.build_model()
         self.build_evaluator()
-        self.report, self.meters = MeterGroup(), MeterGroup()
-        self.rate, self.progress = RateMeter("pairs/s"), Progress()
-        self.bad_samples = BadSampleLog(self.folder.bad_samples, config.data.max_bad_fraction)
-        self.state, self.is_best, self.must_save, self.must_stop = RunState(), False, False, False
-        self.chance_watch = ChanceWatch(config.train.batch_size)
+        self.logbook = Logbook(config, self.accelerator, self.folder, self.num_workers)
+        self.state, self.must_save, self.must_stop = RunState(), False, False
         self.found = self.restore()
         self.build_step()
 
     def open_data(self) -> None:
         """Open the sources, hold a part out, and fix the order and the length of the run."""
-        data, train = self.config.data, self.config.train
-        check_divisible(train.batch_size, self.accelerator.num_processes)
-        self.pairs, self.held_out = open_pairs(data, self.loss.data_columns())
-        self.order = Order(len(self.pairs), train.batch_size, self.config.seed)
-        self.num_steps = train.steps or max(1, train.epochs * self.order.batches_per_epoch // train.accumulate)
-        self.schedule = build_schedule(self.config.optim, self.num_steps)
-        self.num_workers = choose_workers(data.workers, self.accelerator.device)
+        config = self.config
+        opened = open_training(config.data, self.loss.data_columns())
+        self.held_out = opened.held_out
+        self.feed = build_feed(opened, config, self.accelerator.num_processes)
+        num_steps = self.feed.num_steps(config.train)
+        self.timetable = Timetable(config, num_steps, self.feed.batches_per_epoch)
+        self.schedule = build_schedule(config.optim, num_steps)
+        self.num_workers = choose_workers(config.data.workers, self.accelerator.device)
 
     def build_model(self) -> None:
         """Build the model with the same weights in every process; from here on each draws dropout of its own."""
@@ -139,7 +137,7 @@ class Trainer:
         self.saver = Saver(accelerator, self.folder.checkpoints, config.checkpoint, parts, self.assembly.optimizer)
 
     def build_evaluator(self) -> None:
-        """Read the held-out pairs and the labelled pictures, and set up what the run may stop for."""
+        """Read the held-out pairs and the labelled pictures; raises `ConfigError` for a metric that is not measured."""
         config = self.config
         labelled = config.eval.zero_shot
         self.evaluator = Evaluator(
@@ -152,12 +150,9 @@ class Trainer:
             max_pixels=config.data.max_pixels,
             num_workers=self.num_workers,
         )
-        stop = config.stop
-        if stop.metric is not None and not stop.metric.startswith("loss/"):
-            check_metric(stop.metric, {*TRAINING_METRICS, *self.evaluator.metric_names()})
-        self.stopping = (
-            None if stop.metric is None else EarlyStopping(stop.metric, stop.mode, stop.patience, stop.min_delta)
-        )
+        watched = config.stop.metric
+        if watched is not None and not watched.startswith("loss/"):
+            check_metric(watched, {*TRAINING_METRICS, *self.evaluator.metric_names()})
 
     def restore(self) -> Checkpoint | None:
         """Put the run into the state of its checkpoint and return that, None where there is none."""
@@ -166,64 +161,36 @@ class Trainer:
         self.saver.check_space()
         if found is not None:
             self.load_state(self.saver.restore(found))
+            self.feed.load_state_dict(self.saved["data"])
             self.saved_step = found.step
             say(f"going on from {found.path}")
         return found
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds beside weights; raises `ConfigError` when the data is another."""
-        if saved["num_samples"] != self.order.num_samples:
-            raise ConfigError(
-                f"data.train: the run began with {saved['num_samples']} samples and now there are "
-                f"{self.order.num_samples}: bring the data back, or name another output_dir"
-            )
+        """Take over what a checkpoint holds beside weights and the place in the data."""
         self.saved = saved
         self.state = RunState(**saved["run"])
-        self.meters.load_state_dict(saved["meters"])
-        self.bad_samples.load_state_dict(saved["bad_samples"])
-        if self.stopping is not None and saved["watched"] == self.config.stop.metric:
-            self.stopping.load_state_dict(saved["stopping"])
+        self.logbook.load_state_dict(saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything beside weights that makes a resumed run the uninterrupted one, as plain JSON."""
         return {
             "run": self.state.to_dict(),
-            "num_samples": self.order.num_samples,
-            "meters": self.meters.state_dict(),
-            "bad_samples": self.bad_samples.state_dict(),
-            "watched": self.config.stop.metric,
-            "stopping": None if self.stopping is None else self.stopping.state_dict(),
-            "plan": {"made_for": self.plan_settings(), **asdict(self.contrastive_step.plan)},
-            "threads": torch.get_num_threads(),
+            "data": self.feed.state_dict(),
+            **self.logbook.state_dict(),
+            "plan": plan_state(self.assembly.place, self.config.train, self.contrastive_step.plan),
             "file_sizes": self.folder.file_sizes(),
         }
 
     def build_step(self) -> None:
         """Plan how a batch is cut on this machine; a run that goes on keeps its plan, and so its last bits."""
-        plan = None if self.found is None else self.kept_plan()
-        plan = plan or choose_plan(self.assembly.place, self.config.train)
+        place, train = self.assembly.place, self.config.train
+        plan = None if self.found is None else kept_plan(place, train, self.saved["plan"])
+        plan = plan or choose_plan(place, train)
         wrapped, anatomy = self.assembly.wrapped, self.assembly.anatomy
         self.contrastive_step = ContrastiveStep(self.accelerator, wrapped, self.loss, anatomy, plan)
         side, parts = self.config.cached_tower, (self.accelerator, wrapped, self.model, anatomy)
         self.frozen_tower = None if side is None else FrozenTower(side, *parts, rows=plan.micro_batch_size)
-
-    def kept_plan(self) -> Plan | None:
-        """Return the plan that the run had, None when it was made for other settings or no longer fits."""
-        saved = dict(self.saved["plan"])
-        made_for, plan = saved.pop("made_for"), Plan(**saved)
-        same = made_for == self.plan_settings()
-        if same:
-            torch.set_num_threads(self.saved["threads"])
-        if same and still_fits(self.assembly.place, plan):
-            return plan
-        say("the batch is cut in another way than before: from here on the run is equal to rounding only")
-        return None
-
-    def plan_settings(self) -> dict[str, Any]:
-        """Return what a plan depends on beside the machine's memory."""
-        train = self.config.train
-        asked = {key: getattr(train, key) for key in ("micro_batch_size", "activation_gib", "threads")}
-        return {**asked, "num_processes": self.accelerator.num_processes}
 
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
@@ -234,7 +201,7 @@ class Trainer:
                 with recognised():
                     self.create_folder()
                     self.start()
-                    while not self.is_over():
+                    while not self.timetable.is_over(self.state):
                         self.go_one_step()
                     return self.finish()
             except BaseException as error:
@@ -253,18 +220,19 @@ class Trainer:
     def start(self) -> None:
         """Open everything that measures the run, and evaluate the model as it is."""
         describe_processes(self.accelerator)
-        resumed = self.found is not None
-        self.tracking = Tracking(self.accelerator, self.config, self.folder, self.state.step if resumed else None)
+        if (mixed := self.feed.describe()) is not None:
+            say(mixed)
         self.features = self.open_features()
-        self.progress.open(self.num_steps, self.state.step)
+        self.pictures = self.open_pictures()
+        self.logbook.open(self.timetable.num_steps, self.state, resumed=self.found is not None)
         self.loader = self.open_loader()
         if self.found is not None:
             self.saver.restore_random(self.found, self.config.seed)
         self.evaluate()
-        if self.is_best or (self.config.train.non_finite == "rollback" and self.found is None):
+        if self.logbook.is_best or (self.config.train.non_finite == "rollback" and self.found is None):
             self.save()
         self.stop_if_asked()
-        self.rate.reset()
+        self.logbook.rate.reset()
         self.watchdog.beat("start")
 
     def go_one_step(self) -> None:
@@ -277,7 +245,7 @@ class Trainer:
         self.watchdog.beat_step(self.state.step)
         self.log()
         self.evaluate()
-        if self.must_save or self.is_best:
+        if self.must_save or self.logbook.is_best:
             self.save()
         self.stop_if_asked()
 
@@ -290,74 +258,83 @@ class Trainer:
 
     def open_features(self) -> dict[str, FeatureCache]:
         """Return the features of the frozen tower by its side, where they are kept."""
-        tower, max_pixels = self.frozen_tower, self.config.data.max_pixels
-        if tower is None:
+        tower, pairs, max_pixels = self.frozen_tower, self.feed.source, self.config.data.max_pixels
+        if tower is None or pairs is None:
             return {}
         folder = self.folder.features / tower.side
-        return {tower.side: open_features(tower, self.pairs, max_pixels, folder, self.num_workers)}
+        return {tower.side: open_features(tower, pairs, max_pixels, folder, self.num_workers)}
+
+    def open_pictures(self) -> PictureCache | None:
+        """Return the decoded pictures, where they are kept."""
+        pairs = self.feed.source
+        if not self.config.data.image_cache_gib or pairs is None:
+            return None
+        folder, beat = self.folder.pictures, self.watchdog.beat
+        return open_pictures(self.accelerator, pairs, self.model, self.config, folder, self.num_workers, beat)
 
     def open_loader(self) -> Generator[Batch, None, None]:
         """Return this process's part of the contrastive batches that are left."""
-        accelerator, data = self.accelerator, self.config.data
-        num_left = (self.num_steps - self.state.step) * self.config.train.accumulate
-        batches = range(self.state.next_batch, self.state.next_batch + num_left)
-        places = BatchPlaces(self.order, batches, accelerator.process_index, accelerator.num_processes)
-        preparation = preparation_for(self.model, self.config, self.features)
-        pairs = TrainingPairs(self.pairs, self.order, preparation)
-        batches_left = iterate(pairs, places, data, self.num_workers, accelerator.device.type == "cuda")
-        return self.opened.enter_context(closing(batches_left))
+        accelerator = self.accelerator
+        on_cuda = accelerator.device.type == "cuda"
+        seat = Seat(accelerator.process_index, accelerator.num_processes, self.num_workers, on_cuda)
+        preparation = preparation_for(self.model, self.config, self.features, self.pictures)
+        batches = self.feed.open(self.timetable.batches_left(self.state), seat, preparation)
+        return self.opened.enter_context(closing(batches))
 
     def next_batches(self) -> list[Batch]:
         """Return what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
         start = time.perf_counter()
         batches = [next(self.loader) for _ in range(self.config.train.accumulate)]
-        self.report.update("data_time", time.perf_counter() - start)
+        self.logbook.report.update("data_time", time.perf_counter() - start)
         return batches
 
     def train_step(self, batches: list[Batch]) -> None:
         """Take one optimizer step on the average gradient of the batches, unless it is not finite."""
+        logbook, rate = self.logbook, self.schedule.multiplier(self.state.step)
         self.assembly.wrapped.train()
-        self.meters.update("lr", set_learning_rate(self.assembly.optimizer, self.schedule.multiplier(self.state.step)))
+        logbook.meters.update("lr", set_learning_rate(self.assembly.optimizer, rate))
         for batch in batches:
-            self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
+            logbook.meet(batch)
             with self.accelerator.accumulate(self.assembly.wrapped):
                 terms = self.contrastive_step(batch)
-                self.report.update("loss", total(terms))
-                self.report.update_all({f"loss/{name}": value for name, value in terms.items()})
+                logbook.report.update("loss", total(terms))
+                logbook.report.update_all({f"loss/{name}": value for name, value in terms.items()})
                 if not self.accelerator.sync_gradients or self.may_step(batches):
                     self.assembly.optimizer.step()
                 self.assembly.optimizer.zero_grad()
         clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)
         self.state.step += 1
         self.state.next_batch += len(batches)
-        self.rate.update(self.config.train.batch_size * len(batches))
-        self.progress.advance()
+        logbook.rate.update(self.config.train.batch_size * len(batches))
+        logbook.progress.advance()
 
     def may_step(self, batches: list[Batch]) -> bool:
         """Bring the processes' reports of a step together, before the weights change, and say whether they may."""
         limit = self.config.optim.grad_clip or math.inf
-        self.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.assembly.trained, limit))
+        self.logbook.report.update("grad_norm", self.accelerator.clip_grad_norm_(self.assembly.trained, limit))
         agreed = self.agree()
         if is_finite(agreed, self.accelerator.scaler):
             self.state.num_non_finite = 0
-            self.meters.update_all(agreed)
+            self.logbook.meters.update_all(agreed)
             return True
         self.meet_non_finite(agreed, batches)
         return self.accelerator.scaler is not None  # which leaves such a step out itself, and lowers its scale
 
     def agree(self) -> dict[str, float]:
         """Return what all processes measured in this step, and act on what one of them asks for: one reduction."""
+        logbook = self.logbook
         asked = {
-            "num_bad_samples": len(self.bad_samples.pending),
+            "num_bad_samples": len(logbook.bad_samples.pending),
             "num_to_save": self.saver.is_due(self.state.step + 1),
             "num_failed_saves": self.saver.has_failed(),
             "num_to_stop": self.signals.asked is not None,
         }
         for name, number in asked.items():
-            self.report.add(name, float(number))
-        agreed = self.report.reduce(self.accelerator)
+            logbook.report.add(name, float(number))
+        agreed = logbook.report.reduce(self.accelerator)
+        logbook.count(agreed, self.state)
         if agreed.pop("num_bad_samples"):
-            self.bad_samples.collect(self.accelerator)
+            logbook.bad_samples.collect(self.accelerator)
         if agreed.pop("num_failed_saves"):
             self.saver.finish()
         self.must_save, self.must_stop = agreed.pop("num_to_save") > 0, agreed.pop("num_to_stop") > 0
@@ -373,87 +350,72 @@ class Trainer:
             raise NonFiniteError(f"{problem}; {WAYS_OUT}")
         if policy == "skip":
             say(f"warning: {problem}; the step is left out")
-            self.meters.update("data_time", agreed.pop("data_time"))
-            self.meters.update_all(dict.fromkeys(agreed, 0.0), n=0)  # known names without a value
+            self.logbook.meters.update("data_time", agreed.pop("data_time"))
+            self.logbook.meters.update_all(dict.fromkeys(agreed, 0.0), n=0)  # known names without a value
             return
         self.roll_back(problem)
 
     def roll_back(self, problem: str) -> None:
         """Put the run back to its last checkpoint, past the batches of this step; always raises `RolledBack`."""
         past = self.state.next_batch + self.config.train.accumulate
-        num_non_finite = self.state.num_non_finite
+        before = self.state
         self.assembly.optimizer.zero_grad()
         self.saver.finish()
         found = self.saver.find()
         assert found is not None, "a run that may be rolled back is saved at its start"
         self.load_state(self.saver.restore(found))
         self.saver.restore_random(found, self.config.seed)
-        self.state.next_batch, self.state.num_non_finite = past, num_non_finite
+        self.state.next_batch, self.state.num_non_finite = past, before.num_non_finite
+        self.state.num_pairs, self.state.num_cut_captions = before.num_pairs, before.num_cut_captions
         say(f"warning: {problem}; back to step {self.state.step}, past that batch")
         if self.accelerator.is_main_process:
             self.folder.cut_files(self.saved["file_sizes"])
         self.loader.close()
         self.loader = self.open_loader()
-        self.progress.open(self.num_steps, self.state.step)
+        self.logbook.progress.open(self.timetable.num_steps, self.state.step)
         raise RolledBack
 
     def log(self) -> None:
-        """Write a point when one is due: means over the steps since the last one, over all processes."""
-        self.bad_samples.check(self.ends_epoch())
-        if not self.is_due(self.config.track.every):
-            return
-        point = self.meters.averages()
-        samples_per_second = self.rate.rate
-        samples_per_step = self.config.train.batch_size * self.config.train.accumulate
-        point |= {
-            "samples": self.state.next_batch * self.config.train.batch_size,
-            "epoch": self.epochs,
-            "logit_scale": self.model.clip.logit_scale.detach().exp().item(),
-            "samples_per_second": samples_per_second,
-            "step_time": samples_per_step / samples_per_second - point["data_time"],
-            "checkpoint_share": self.saver.share_of_time(),
-        }
-        self.rate.reset()
-        self.chance_watch.look(self.state.step, point)
-        self.progress.show(point)
-        self.record(point)
+        """Write a point when one is due, and look at an epoch's end what of the data was of no use."""
+        ends_epoch = self.timetable.ends_epoch(self.state)
+        self.logbook.bad_samples.check(ends_epoch)
+        if ends_epoch and not self.timetable.is_over(self.state):
+            self.logbook.tell_cut_captions(self.state, self.context_length)
+        if self.timetable.is_due(self.state, self.config.track.every):
+            facts = {
+                "epoch": self.feed.epochs(self.state.next_batch),
+                "logit_scale": self.model.clip.logit_scale.detach().exp().item(),
+                "checkpoint_share": self.saver.share_of_time(),
+            }
+            self.logbook.log(self.state, facts)
 
     def evaluate(self) -> None:
         """Evaluate when it is due: at step 0, every `eval.every` steps or once an epoch, and at the end."""
-        if not self.evaluation_is_due():
+        if not self.timetable.evaluation_is_due(self.state):
             return
         self.watchdog.patient("evaluation")
         share_running_statistics(self.model.clip)
-        with self.rate.paused():
+        with self.logbook.rate.paused():
             try:
                 self.state.metrics = self.evaluator.run(lambda: self.signals.asked is not None)
             except EvaluationInterrupted:  # it is made up for when the run goes on
                 self.must_stop = True
                 return
             self.state.evaluated_step = self.state.step
-            self.progress.report(self.state.step, self.state.metrics)
+            self.logbook.progress.report(self.state.step, self.state.metrics)
             warn_of_collapse(self.state.step, self.evaluator.mean_cosines)
-            self.tracking.log_picture(self.state.step, "retrieval", self.evaluator.picture_grid)
-            self.record(self.state.metrics)
-
-    def record(self, point: dict[str, float]) -> None:
-        """Write a point to every tracker, and see whether it is the best one or the last one needed."""
-        self.tracking.log(self.state.step, point)
-        if self.stopping is not None:
-            verdict = self.stopping.update(point, self.state.step)
-            self.state.stop_asked |= verdict.should_stop
-            if verdict.is_best:
-                self.is_best, self.state.best_metrics = True, point
+            self.logbook.tracking.log_picture(self.state.step, "retrieval", self.evaluator.picture_grid)
+            self.logbook.record(self.state, self.state.metrics)
 
     def save(self) -> None:
         """Save the run as it stands after this step, unless that is done."""
-        if self.saved_step == self.state.step and not self.is_best:
+        if self.saved_step == self.state.step and not self.logbook.is_best:
             return
         self.watchdog.patient("checkpoint")
-        with self.rate.paused():
+        with self.logbook.rate.paused():
             share_running_statistics(self.model.clip)
-            self.saver.save(self.state.step, self.state_dict(), self.is_best)
-        self.saved_step, self.is_best, self.must_save = self.state.step, False, False
+            self.saver.save(self.state.step, self.state_dict(), self.logbook.is_best)
+        self.saved_step, self.logbook.is_best, self.must_save = self.state.step, False, False
 
     def finish(self) -> TrainResult:
         """Save the end of the run, export the best or the last weights and close what is open."""
@@ -464,16 +426,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             export_model(self.folder.export, self.model, weights, metrics)
             self.folder.write_status("complete", self.state.step, exit_code=0)
-        self.progress.close()
-        self.tracking.close()
-        if self.bad_samples.counts:
-            say(f"unusable samples: {self.bad_samples.summary()}; listed in {self.folder.bad_samples}")
+        self.logbook.close(self.state, self.context_length)
         self.accelerator.end_training()
         return TrainResult(metrics, self.state.step, self.folder.export)
 
     def chosen(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the weights to export and what was measured of them: the best ones, or the last."""
-        best = find_best(self.folder.checkpoints) if self.stopping is not None else None
+        best = find_best(self.folder.checkpoints) if self.config.stop.metric is not None else None
         if best is None or self.state.best_metrics is None:
             return copy_of_weights(self.model), self.state.metrics
         prefix = "clip."
@@ -484,7 +443,7 @@ class Trainer:
 
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""
-        self.progress.close()
+        self.logbook.progress.close()
         self.saver.settle()
         known_to_all = getattr(error, "on_every_process", False)
         if self.accelerator.is_main_process or not known_to_all:
@@ -496,28 +455,6 @@ class Trainer:
         self.folder.write_end("failed", self.state.step, 1, message, self.command)
 
     @property
-    def epochs(self) -> float:
-        """Return how many epochs have passed."""
-        return self.state.next_batch / self.order.batches_per_epoch
-
-    def ends_epoch(self) -> bool:
-        """Return whether the last step was the first to reach another epoch's end."""
-        before = max(0, self.state.next_batch - self.config.train.accumulate)
-        return int(self.epochs) > before // self.order.batches_per_epoch
-
-    def evaluation_is_due(self) -> bool:
-        """Return whether the model is evaluated after this step."""
-        if self.state.evaluated_step == self.state.step:
-            return False
-        if self.state.step == 0 or self.is_over():
-            return True
-        every = self.config.eval.every
-        return self.ends_epoch() if every is None else self.is_due(every)
-
-    def is_over(self) -> bool:
-        """Return whether no step is left."""
-        return self.state.step >= self.num_steps or self.state.stop_asked
-
-    def is_due(self, every: int) -> bool:
-        """Return whether something done every so many steps, and at the end, is done after this one."""
-        return self.state.step % every == 0 or self.state.step >= self.num_steps
+    def context_length(self) -> int:
+        """Return how many tokens of a caption the model reads."""
+        return int(self.model.tokenizer.context_length)  # type: ignore[attr-defined]

@@ -4,6 +4,8 @@ Pictures per second and core that reach a batch of 224 x 224 pixels and tokens: 
 open_clip_train's `get_wds_dataset` on the same local tar shards, one worker process each. The clock is the processor
 time of the training process and its worker together, so other programs disturb it little.
 
+With --against decoding: the loader with its pictures decoded beforehand (data.image_cache_gib) beside the same without.
+
 open_clip_train 3.3.0 needs webdataset 0.2.86 or older; a newer one ends its shards with an error. Where another is
 installed: pip install --no-deps --target FOLDER webdataset==0.2.86, then PYTHONPATH=FOLDER.
 """
@@ -33,11 +35,15 @@ from timing import Timing, describe_machine
 from accel_clip.config import DataConfig
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
+from accel_clip.data.once import DifferentPictures
 from accel_clip.data.order import Order
+from accel_clip.data.picture_building import build
+from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_source
 
 SIZES = ("640x480", "1600x1200")
 PIXELS = 224
+OTHER, DECODING = "open_clip_train", "decoding"
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
 SLOPE = 1.25  # the amplitude of photographs falls with the frequency to about this power
 CONTRAST = 55  # standard deviation of their values, 0 to 255
@@ -47,7 +53,10 @@ WORDS = ("a", "photo", "of", "the", "red", "old", "small", "dog", "house", "rive
 
 def main() -> None:
     """Write shards, then measure both sides on each size."""
-    parser = argparse.ArgumentParser(description="The loader, ours divided by open_clip_train's")
+    parser = argparse.ArgumentParser(
+        description="The loader, ours divided by open_clip_train's or by ours that decodes"
+    )
+    parser.add_argument("--against", choices=(OTHER, DECODING), default=OTHER)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="width x height of the JPEGs")
     parser.add_argument("--quality", type=int, default=80, help="of the JPEGs")
     parser.add_argument("--num-pictures", type=int, default=512)
@@ -106,10 +115,13 @@ def jpeg(width: int, height: int, seed: int, quality: int) -> bytes:
 
 def measure(shard: Path, given: Namespace) -> Timing:
     """Return the processor seconds of both sides, in the order A B, B A, …; a first run of each is not counted."""
-    ours, theirs = partial(our_batches, shard, given), partial(their_batches, shard, given)
+    decoding = partial(our_batches, shard, given)
+    cached = given.against == DECODING
+    ours = partial(decoding, pictures=decoded(shard)) if cached else decoding
+    theirs = decoding if cached else partial(their_batches, shard, given)
     for side in (ours, theirs):
         seconds_of(side, given.num_pictures)
-    timing = Timing([], [], "open_clip_train")
+    timing = Timing([], [], given.against)
     for number in range(given.pairs):
         order = [(ours, timing.ours), (theirs, timing.theirs)]
         for side, seconds in order if number % 2 == 0 else reversed(order):
@@ -132,12 +144,23 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def our_batches(shard: Path, given: Namespace) -> Iterable[int]:
+def decoded(shard: Path) -> PictureCache:
+    """Return the decoded pictures of a shard."""
+    data = DataConfig(train=[str(shard)])
+    source = open_source(str(shard), data)
+    decode = Preparation(TOKENIZER, PIXELS, data.max_pixels, seed=0).decoded
+    folder = shard.with_name("pictures")
+    list(build(DifferentPictures(source, decode), folder, {}, room_gib=100, num_workers=1))
+    return PictureCache(folder)
+
+
+def our_batches(shard: Path, given: Namespace, pictures: PictureCache | None = None) -> Iterable[int]:
     """Yield the sizes of the batches of one epoch."""
     data = DataConfig(train=[str(shard)])
     source = open_source(str(shard), data)
     order = Order(len(source), given.batch_size, seed=0)
-    pairs = TrainingPairs(source, order, Preparation(TOKENIZER, PIXELS, data.max_pixels, order.seed))
+    preparation = Preparation(TOKENIZER, PIXELS, data.max_pixels, order.seed, pictures=pictures)
+    pairs = TrainingPairs(source, order, preparation)
     places = BatchPlaces(order, range(order.batches_per_epoch), process=0, num_processes=1)
     for batch in iterate(pairs, places, data, num_workers=1, pin_memory=False):
         yield len(batch.image)

@@ -23,7 +23,7 @@ KEYS = {
     "model": "name num_parameters num_trained image_size context_length micro_batch_size num_micro_batches "
     "graphs_kept weights_bytes optimizer_bytes graph_bytes free_bytes",
     "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
-    "num_repeated_captions num_cut_captions token_limit picture_size decoding_seconds",
+    "num_repeated_captions num_cut_captions token_limit picture_size decoding_seconds pairs_in_batch",
     "speed": "num_workers loader step step_pairs bottleneck expected training_seconds",
     "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes needed_bytes available_bytes",
 }

@@ -37,6 +37,29 @@ def test_a_list_key_takes_one_bare_value_from_flag_and_file(tmp_path: Path) -> N
     assert sources == ["a.csv", SourceConfig("b.csv", caption_key=["x", "y"])]
 
 
+def test_captions_have_weights_in_flags_files_and_items_and_the_last_word_wins(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text(
+        "data:\n  caption_key: {title: 1, alt: 3}\n  train: [{source: b.csv, caption_key: {x: 2, y: 1}}]\n"
+    )
+    second.write_text("data: {caption_key: {alt: 0.5}}\n")
+    config = parse("--config", str(first))
+    assert config.data.caption_key == {"title": 1.0, "alt": 3.0}
+    assert config.data.train == [SourceConfig("b.csv", caption_key={"x": 2.0, "y": 1.0})]
+    for flags in (["--data.caption_key", "{title: 1, alt: 3}"], ["--data.caption_key={title: 1, alt: 3}"]):
+        assert parse(*flags).data.caption_key == {"title": 1.0, "alt": 3.0}
+        assert parse("--config", str(second), *flags).data.caption_key == {"title": 1.0, "alt": 3.0}
+    assert parse("--config", str(first), "--config", str(second)).data.caption_key == {"alt": 0.5}
+    assert parse("--config", str(first), "--data.caption_key", "title").data.caption_key == ["title"]
+    assert parse("--config", str(first), "--data.caption_key", "[title, alt]").data.caption_key == ["title", "alt"]
+    assert parse("--config", str(first), "--data.caption_key", "null").data.caption_key is None
+    sources = parse("--data.train", "[{source: b.csv, caption_key: x}]").data.train
+    assert sources == [SourceConfig("b.csv", caption_key="x")]
+    for saved in (config, parse("--data.train", "[{source: b.csv, caption_key: x}]")):
+        save_config(saved, tmp_path / "config.yaml")
+        assert load_config(tmp_path / "config.yaml") == saved
+
+
 def test_saved_settings_load_back(tmp_path: Path) -> None:
     data = DataConfig(train=["a.csv", SourceConfig("b: [c].csv")], val=["图.tsv"], caption_key=["null", "1e3"])
     config = replace(Config(data=data), seed=3, output_dir="runs/ü")
@@ -59,6 +82,13 @@ def test_saved_settings_load_back(tmp_path: Path) -> None:
         (["--train.precision", "int8"], ["train.precision", "int8", "bf16"]),
         (["--stop.patience", "3"], ["stop.patience", "stop.metric"]),
         (["--eval.templates", "a photo"], ["eval.templates", "{}"]),
+        (["--data.caption_key", "{title: 0}"], ["data.caption_key.title", "above 0"]),
+        (["--data.caption_key", "{title: .inf}"], ["data.caption_key.title", "inf"]),
+        (["--data.caption_key", "{title: often}"], ["data.caption_key", "float", "often"]),
+        (["--data.caption_key", "{3: 1}"], ["data.caption_key", "3", "quotes"]),
+        (["--data.caption_key.title", "1"], ["data.caption_key.title", "did you mean", "data.caption_key"]),
+        (["--data.caption_kye", "{title: 1}"], ["did you mean", "data.caption_key"]),
+        (["--data.train", "[{source: x, caption_key: {title: -1}}]"], ["data.caption_key.title", "above 0"]),
         (["--seed"], ["seed", "expected one argument"]),
         (["photos.csv"], ["photos.csv", "--key value"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),

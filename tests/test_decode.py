@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -15,9 +17,9 @@ import torch
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import RandomResizedCrop
 
-from accel_clip.data.augmentation import random_box, resized
+from accel_clip.data.augmentation import cut, pixels_of, random_box, resized, smallest_box, training_scale
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.decode import decode_part, decode_picture
+from accel_clip.data.decode import ScaleFor, decode_picture, decode_small
 
 MAX_PIXELS = 1e6
 ORIENTATION = 0x0112
@@ -264,7 +266,7 @@ def test_files_are_closed(tmp_path):
     assert str(file) not in [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
 
 
-# --- a part of a picture, no larger than needed
+# --- a picture no larger than needed
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -279,23 +281,27 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(numpy.clip(128 + 50 * values / values.std(), 0, 255).astype(numpy.uint8))
 
 
+def small(image: Image.Image | bytes, size: tuple[int, int]) -> Image.Image:
+    """Return a picture decoded for training at a size."""
+    return decode_small(image, MAX_PIXELS, partial(training_scale, size))
+
+
+def at(scale: int) -> ScaleFor:
+    return lambda width, height, spare: scale
+
+
 def seen_in_training(data: bytes, seed: int, size: tuple[int, int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return what training sees of a picture, and the same part of the whole one resized by Pillow, int [H, W, 3].
-
-    The part's edges lie on multiples of 8: others move a little where fewer pixels are decoded.
-    """
-
-    def choose(width: int, height: int) -> tuple[int, int, int, int]:
-        left, upper, right, lower = (edge // 8 * 8 for edge in random_box(Random(seed), width, height))
-        return left, upper, right, lower
-
-    whole = decode_picture(data, MAX_PIXELS)
-    expected = whole.crop(choose(*whole.size)).resize(size, Image.Resampling.BICUBIC)
-    found = resized(decode_part(data, MAX_PIXELS, choose, size), size)
-    return found.permute(1, 2, 0).numpy().astype(int), numpy.asarray(expected).astype(int)
+    """Return what training sees of a picture, and the same part of the whole one resized by Pillow, int [H, W, 3]."""
+    whole, decoded = decode_picture(data, MAX_PIXELS), small(data, size)
+    scale = round(whole.width / decoded.width)
+    box = random_box(Random(seed), *decoded.size)
+    left, upper, right, lower = (edge * scale for edge in box)
+    expected = whole.crop((left, upper, min(right, whole.width), min(lower, whole.height)))
+    found = resized(cut(pixels_of(decoded), box), size).permute(1, 2, 0)
+    return found.numpy().astype(int), numpy.asarray(expected.resize(size, Image.Resampling.BICUBIC)).astype(int)
 
 
-@pytest.mark.parametrize(("width", "height"), [(640, 480), (1100, 900), (333, 501), (225, 230)])
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (1104, 904), (333, 501), (225, 230)])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_a_jpeg_decoded_small_looks_as_if_it_had_been_decoded_whole(width, height, options):
     data = encoded(photo(width, height), "JPEG", quality=90, **options)
@@ -307,6 +313,7 @@ def test_real_pictures_decoded_small_look_as_if_they_had_been_decoded_whole(stam
     differences = []
     for file in sorted(stamps.rglob("*.png"))[::16]:
         picture = decode_picture(file, MAX_PIXELS)
+        picture = picture.crop((0, 0, picture.width // 8 * 8, picture.height // 8 * 8))  # else the last pixel is a part
         if min(picture.size) >= 100:
             data = encoded(picture, "JPEG", quality=90)
             found, expected = seen_in_training(data, 1, (48, 48))
@@ -316,37 +323,109 @@ def test_real_pictures_decoded_small_look_as_if_they_had_been_decoded_whole(stam
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_a_part_of_a_turned_picture_is_that_part_of_the_upright_one(kind, orientation):
+def test_a_turned_picture_decoded_small_is_the_upright_one(kind, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    data = encoded(photo(400, 300), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    part = lambda width, height: (width // 16 * 2, 0, width // 4 * 2, height // 4 * 2)  # noqa: E731 - not the middle
-    found = decode_part(data, MAX_PIXELS, part, (40, 40))
-    whole = decode_picture(data, MAX_PIXELS)
-    expected = whole.crop(part(*whole.size))
-    if kind == "JPEG":
-        assert max(found.size) <= max(expected.size) // 2  # it was decoded small
-    else:
-        assert found.size == expected.size
-    difference = numpy.asarray(found.resize((40, 40))).astype(int) - numpy.asarray(expected.resize((40, 40)))
+    data = encoded(photo(402, 301), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    whole, sizes = decode_picture(data, MAX_PIXELS), []
+
+    def scale_for(width: int, height: int, spare: float) -> int:
+        sizes.append((width, height))
+        return 2
+
+    found = decode_small(data, MAX_PIXELS, scale_for)
+    assert sizes == [whole.size]
+    assert found.size == ((201, 151) if whole.width > whole.height else (151, 201))
+    difference = numpy.asarray(found.resize((40, 40))).astype(int) - numpy.asarray(whole.resize((40, 40)))
     assert abs(difference).mean() < 2.5
 
 
-@pytest.mark.parametrize("side, decoded", [(200, 200), (101, 200), (100, 100), (51, 100), (26, 50), (25, 25), (3, 25)])
-def test_the_least_that_has_the_pixels_wanted_is_decoded(side, decoded):
-    data = encoded(photo(400, 200), "JPEG")
-    part = decode_part(data, MAX_PIXELS, lambda width, height: (0, 0, width // 2, height), (side, side))
-    assert part.size == (decoded, decoded)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP"])
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(401, 300), (7, 5)])
+def test_every_scale_divides_the_sides(kind, scale, size):
+    found = decode_small(encoded(photo(*size), kind), MAX_PIXELS, at(scale))
+    assert found.mode == "RGB"
+    if size[1] >= scale:
+        assert found.size == (-(-size[0] // scale), -(-size[1] // scale))
 
 
-def test_parts_keep_white_below_transparency_and_sixteen_bits():
-    box = lambda width, height: (10, 5, 30, 25)  # noqa: E731
+def test_averaged_pictures_keep_twice_the_pixels_and_look_as_if_resized_alone():
+    picture = photo(900, 900)
+    asked = []
+
+    def scale_for(width: int, height: int, spare: float) -> int:
+        asked.append(spare)
+        return training_scale((224, 224), width, height, spare)
+
+    for kind, decoded in (("JPEG", 450), ("PNG", 900)):
+        assert decode_small(encoded(picture, kind), MAX_PIXELS, scale_for).width == decoded
+    assert asked == [1, 2]
+    found, expected = seen_in_training(encoded(picture, "PNG"), 1, (100, 100))
+    assert small(encoded(picture, "PNG"), (100, 100)).size == (225, 225)
+    assert abs(found - expected).mean() < 1
+
+
+SHAPES = (0.05, 0.3, 0.6, 0.675, 0.7, 0.75, 0.8, 0.9, 1, 1.1, 1.25, 4 / 3, 1.4, 1.48, 1.5, 1.7, 3, 20)
+"""Width to height, on both sides of where another rule decides about the smallest box."""
+
+
+class Drawn:
+    """Draws the same area and shape in every attempt, as shares of their ranges."""
+
+    def __init__(self, area: float, shape: float) -> None:
+        self.drawn = itertools.cycle((area, shape))
+
+    def random(self) -> float:
+        return next(self.drawn)
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 16, 97, 225, 480])
+def test_the_smallest_box_is_the_smallest_that_can_be_drawn(height):
+    areas, shares = (0, 0.001, 0.5), numpy.linspace(0, 1, 41)
+    for size in ((max(1, round(height * shape)), height) for shape in SHAPES):
+        boxes = [random_box(Drawn(area, shape), *size) for area in areas for shape in shares]
+        boxes += [random_box(Random(seed), *size) for seed in range(100)]
+        smallest = min(box[2] - box[0] for box in boxes), min(box[3] - box[1] for box in boxes)
+        for found, drawn in zip(smallest_box(*size), smallest, strict=True):
+            assert 0.97 * drawn - 1 <= found <= drawn, size
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (64, 48)])
+@pytest.mark.parametrize("spare", [1, 2])
+def test_no_box_is_left_with_fewer_pixels_than_needed_unless_the_picture_has_them_not(size, spare):
+    scales = set()
+    for width, height in ((w, h) for w in range(60, 2000, 61) for h in range(55, 2000, 67)):
+        scale = training_scale(size, width, height, spare)
+        scales.add(scale)
+        if scale > 1:
+            decoded = -(-width // scale), -(-height // scale)
+            left, upper, right, lower = random_box(Random(width * height), *decoded)
+            assert right - left >= spare * size[0] and lower - upper >= spare * size[1]
+        if scale < 8:  # one step further there are boxes with too few
+            box = smallest_box(-(-width // (2 * scale)), -(-height // (2 * scale)))
+            assert box[0] < spare * size[0] or box[1] < spare * size[1]
+    assert scales == ({1, 2, 4, 8} if size[0] < 100 else {1, 2, 4, 8} - {8 // spare, 8})
+
+
+@pytest.mark.parametrize(
+    "width, height, side, decoded",
+    [
+        *((640, 480, 224, 320), (640, 427, 224, 640), (1000, 1000, 224, 250), (500, 375, 224, 500)),
+        *((400, 200, 100, 200), (400, 200, 101, 400), (400, 200, 50, 100), (400, 200, 25, 50)),
+    ],
+)
+def test_the_least_that_has_the_pixels_wanted_is_decoded(width, height, side, decoded):
+    assert small(encoded(photo(width, height), "JPEG"), (side, side)).width == decoded
+
+
+def test_pictures_decoded_small_keep_white_below_transparency_and_sixteen_bits():
     hidden = encoded(Image.new("RGBA", (40, 40), (0, 0, 0, 0)))
     deep = encoded(Image.fromarray(numpy.full((40, 40), 30000, numpy.uint16)))
     for data, value in ((hidden, 255), (deep, 117)):
-        part = decode_part(data, MAX_PIXELS, box, (8, 8))
-        assert part.size == (20, 20) and (numpy.asarray(part) == value).all()
-        assert (resized(part, (8, 8)) == value).all()
+        found = decode_small(data, MAX_PIXELS, at(2))
+        assert found.size == (20, 20) and (numpy.asarray(found) == value).all()
+        assert (resized(pixels_of(found), (8, 8)) == value).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -358,7 +437,7 @@ def test_grey_and_cmyk_jpegs_are_decoded_small_too(mode):
 
 def test_a_picture_that_is_handed_over_is_not_shrunk():
     picture = Image.open(io.BytesIO(encoded(photo(400, 400), "JPEG")))
-    decode_part(picture, MAX_PIXELS, lambda width, height: (0, 0, width, height), (50, 50))
+    assert small(picture, (50, 50)).size == (200, 200)
     assert picture.size == (400, 400)
     assert numpy.array_equal(decode_picture(picture, MAX_PIXELS), picture)
 
@@ -366,11 +445,9 @@ def test_a_picture_that_is_handed_over_is_not_shrunk():
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
 def test_a_cut_jpeg_is_unreadable_at_every_scale(share):
     data = encoded(photo(400, 400), "JPEG")
-    for side in (40, 90, 180, 400):
+    for scale in (8, 4, 2, 1):
         with pytest.raises(UnusableSample) as caught:
-            decode_part(
-                data[: int(len(data) * share)], MAX_PIXELS, lambda width, height: (0, 0, width, height), (side, side)
-            )
+            decode_small(data[: int(len(data) * share)], MAX_PIXELS, at(scale))
         assert caught.value.reason == "unreadable"
 
 
@@ -378,8 +455,9 @@ def test_a_cut_jpeg_is_unreadable_at_every_scale(share):
 def test_extreme_shapes_are_cut_and_resized(size):
     for kind in ("PNG", "JPEG"):
         data = encoded(Image.new("RGB", size, "red"), kind)
-        part = decode_part(data, MAX_PIXELS, lambda width, height: random_box(Random(0), width, height), (32, 24))
-        assert resized(part, (32, 24)).shape == (3, 24, 32)
+        pixels = pixels_of(small(data, (32, 24)))
+        box = random_box(Random(0), pixels.shape[1], pixels.shape[0])
+        assert resized(cut(pixels, box), (32, 24)).shape == (3, 24, 32)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (97, 100), (300, 1000), (1000, 300)])
@@ -400,7 +478,7 @@ def test_random_parts_are_distributed_as_torchvisions(size):
 @pytest.mark.parametrize("size", [(64, 48), (301, 207), (500, 100)])
 def test_resizing_is_pillows_but_for_rounding(size):
     picture = photo(301, 207)
-    difference = resized(picture, size).permute(1, 2, 0).numpy() - numpy.asarray(
+    difference = resized(pixels_of(picture), size).permute(1, 2, 0).numpy() - numpy.asarray(
         picture.resize(size, Image.Resampling.BICUBIC)
     ).astype(int)
     assert abs(difference).max() <= 3 and abs(difference).mean() < 0.5

@@ -24,7 +24,7 @@ from accel_clip.data.augmentation import evaluation_pixels
 from accel_clip.data.batch import Batch
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.examples import Preparation
-from accel_clip.data.feature_cache import FeatureCache, FeatureWriter, what_changed
+from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
 from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
@@ -244,10 +244,10 @@ def test_half_a_cache_is_not_read(table: Path, pairs: Source, end: str) -> None:
         (folder / "features.npy").write_bytes((folder / "features.npy").read_bytes()[:-100])
     if end == "no about.json":
         (folder / "about.json").unlink()
-    assert what_changed(folder, whole.fingerprint) is None
+    assert FeatureCache.what_changed(folder, whole.fingerprint) is None
     found = cache_of(tower, pairs, table.parent)
     assert numpy.array_equal(found.features, whole.features)
-    assert what_changed(folder, whole.fingerprint) == []
+    assert FeatureCache.what_changed(folder, whole.fingerprint) == []
     assert [file.name for file in folder.parent.iterdir()] == ["image"]
 
 

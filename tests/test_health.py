@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from accel_clip.evaluation.evaluator import mean_cosine
-from accel_clip.health import ChanceWatch, describe_non_finite, is_finite, warn_of_collapse
+from accel_clip.health import ChanceWatch, WaitWatch, describe_non_finite, is_finite, warn_of_collapse
 
 
 def test_a_loss_that_stays_at_chance_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +22,18 @@ def test_a_loss_that_stays_at_chance_is_said_once(capsys: pytest.CaptureFixture[
         watch.look(step, {"loss/contrastive_loss": math.log(64) + 0.01})
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and "4.169" in said and "4.159" in said and "400 steps" in said
+
+
+def test_a_step_that_keeps_waiting_for_data_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = WaitWatch(num_workers=1, num_cores=8)
+    slow, fast = {"data_time": 0.3, "step_time": 0.7}, {"data_time": 0.01, "step_time": 0.7}
+    for step, point in enumerate([slow, slow, slow, fast, slow, slow]):
+        watch.look(step, point)
+    assert "warning" not in capsys.readouterr().err  # the first point does not count, and waits must follow each other
+    for step in (70, 80, 90):
+        watch.look(step, slow)
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "at step 70 30% of the time" in said and "now 1, 8 cores" in said
 
 
 def test_features_that_collapse_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,10 @@ FLOORS = (
     ),
     ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint", "resume"),
     ("data", "models", "optim", "losses"),
-    ("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),
+    (
+        *("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),
+        *("logbook", "timetable"),
+    ),
     ("trainer", "plots", "preflight"),
     ("cli",),
 )

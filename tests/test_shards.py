@@ -24,7 +24,7 @@ from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources import shard_reader, tar_index
 from accel_clip.data.sources.combine import Concatenated
 from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
-from accel_clip.data.sources.shard_names import expand_braces
+from accel_clip.data.sources.shard_names import expand_braces, find_addresses
 from accel_clip.faults import ConfigError, DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -705,7 +705,33 @@ def test_commands_are_refused(words, tmp_path, monkeypatch):
     assert not Path("canary").exists()
 
 
-@pytest.mark.parametrize("words", ["https://example.org/{00..01}.tar", "s3://bucket/x.tar", "gs://bucket/*.tar"])
-def test_addresses_are_said_not_to_be_supported_yet(words):
-    with pytest.raises(ConfigError, match=r"data\.val: .* is an address, and streams from one are not supported yet"):
+@pytest.mark.parametrize(
+    "words",
+    ["s3://bucket/x.tar", "gs://bucket/*.tar", "https://example.org/x.csv", "ftp://example.org/x.tar", "http://["],
+)
+def test_addresses_of_anything_but_shards_by_http_are_refused(words):
+    with pytest.raises(ConfigError, match=r"data\.val: .* is an address, and only tar shards are read from one"):
         locate(words, "data.val")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("https://example.org/*.tar", "no server says which files fit"),
+        ("https://example.org/00?.tar", "no server says which files fit"),
+        ("https://example.org/{0..3}.tar.gz", "is compressed"),
+        ("https:///{0..3}.tar", "names no host"),
+        ("https://example.org:port/{0..3}.tar", "is no address"),
+    ],
+)
+def test_addresses_that_name_no_shards_say_why(words, problem):
+    with pytest.raises(ConfigError, match=rf"data\.val: .*{problem}"):
+        locate(words, "data.val")
+
+
+def test_addresses_of_shards_are_located_without_asking_the_server():
+    assert locate("https://example.invalid/{0000..0041}.tar").kind == "remote"
+    assert locate("HTTP://example.invalid/get?file={0..3}.tar").kind == "remote"
+    assert find_addresses("http://h/{a,b}/{8..9}.tar?x=1") == [
+        f"http://h/{k}/{n}.tar?x=1" for k in "ab" for n in (8, 9)
+    ]

@@ -267,7 +267,7 @@ def test_parquet_with_paths_bytes_structs_lists_and_missing_cells(tmp_path):
     }
     pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "structs.parquet")
     source = opened(tmp_path / "structs.parquet")
-    assert [source.captions(index) for index in range(3)] == [("one", "two"), (), ()]
+    assert [source.captions(index) for index in range(3)] == [(("one", "two"), ()), ((), ()), ((), ())]
     assert [source[index].image for index in range(2)] == [png("red"), png("blue")]
     assert problem_of(source, 2).reason == "missing_file"
 
@@ -328,6 +328,70 @@ def test_columns_of_an_item_win_over_those_of_the_section(tmp_path):
     path = write(tmp_path / "pairs.csv", "photo,a,b\nx.png,one,two\n")
     item = SourceConfig(str(path), image_key="photo", caption_key=["b", "a"])
     assert captions(opened(item, image_key="none", caption_key=["none"])) == [("two", "one")]
+
+
+def weighted_table(folder: Path, suffix: str) -> Path:
+    """Write rows with a title and several alternative texts, of which some are missing; a .csv has but one a cell."""
+    rows = [
+        {"image": "a.png", "title": " one ", "alt": ["two", "", "three "], "note": "n"},
+        {"image": "a.png", "title": "", "alt": ["two"], "note": "n"},
+        {"image": "a.png", "title": "one", "alt": [], "note": "n"},
+        {"image": "a.png", "title": "  ", "alt": [" "], "note": "n"},
+    ]
+    picture(folder / "a.png")
+    path = folder / f"pairs{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".jsonl":
+        write(path, "\n".join(json.dumps(row) for row in rows))
+    else:
+        rows = [{**row, "alt": "".join(row["alt"][:1])} for row in rows]
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        write(path, "\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_weights_of_columns_are_shared_by_their_captions(suffix, tmp_path):
+    path = weighted_table(tmp_path, suffix)
+    both = opened(path, caption_key={"title": 1.0, "alt": 3.0})
+    found = [(pair.captions, pair.weights) for pair in (both[index] for index in range(4))]
+    several = (("one", "two"), (1.0, 3.0)) if suffix == ".csv" else (("one", "two", "three"), (1.0, 1.5, 1.5))
+    assert found == [several, (("two",), (3.0,)), (("one",), (1.0,)), ((), ())]
+    swapped = opened(path, caption_key={"alt": 3.0, "title": 1.0})[0]
+    assert dict(zip(swapped.captions, swapped.weights, strict=True)) == dict(zip(*several, strict=True))
+
+
+@pytest.mark.parametrize("written", [["title", "alt"], {"title": 2.0, "alt": 2.0}])
+def test_columns_that_weigh_the_same_show_all_captions_alike(written, tmp_path):
+    pair = opened(weighted_table(tmp_path, ".jsonl"), caption_key=written)[0]
+    assert (pair.captions, pair.weights) == (("one", "two", "three"), ())
+
+
+def test_an_item_has_columns_and_weights_of_its_own(tmp_path):
+    path = str(weighted_table(tmp_path, ".jsonl"))
+    items = [path, *(SourceConfig(path, caption_key=own) for own in ("note", ["alt"], {"note": 1.0, "title": 9.0}))]
+    data = DataConfig(train=items, caption_key={"title": 1.0, "alt": 4.0})
+    source = open_sources(items, data)
+    found = [(pair.captions, pair.weights) for pair in (source[index] for index in (0, 4, 8, 12))]
+    assert found == [
+        (("one", "two", "three"), (1.0, 2.0, 2.0)),
+        (("n",), ()),
+        (("two", "three"), ()),
+        (("n", "one"), (1.0, 9.0)),
+    ]
+
+
+def test_a_weight_of_a_column_that_is_not_there_names_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.caption_key: .* no column 'titel', did you mean 'title'"):
+        opened(weighted_table(tmp_path, ".csv"), caption_key={"titel": 1.0, "alt": 2.0})
+
+
+def test_folders_of_text_files_show_their_lines_alike_whatever_columns_weigh(tmp_path):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "one\ntwo\n")
+    pair = opened(tmp_path, caption_key={"title": 1.0, "alt": 4.0})[0]
+    assert (pair.captions, pair.weights) == (("one", "two"), ())
 
 
 def test_usual_columns_in_any_case_and_in_order(tmp_path):

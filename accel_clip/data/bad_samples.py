@@ -125,7 +125,7 @@ class BadSampleLog:
                 f"data.max_bad_fraction = {self.max_bad_fraction} allows: see {self.file}, or raise the setting"
             )
         if epoch_ended and self.counts:
-            console.say(f"unusable samples up to this epoch's end: {self.summary()}; each was replaced by another")
+            console.say(f"unusable samples so far: {self.summary()}; each was replaced by another")
 
     def summary(self) -> str:
         """Return how many different samples there were by reason."""
@@ -143,13 +143,11 @@ class BadSampleLog:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; lines that were written after it are dropped: they will be written anew."""
+        """Go on from a checkpoint; whoever restores it cuts off the lines that were written after it."""
         self.pending, self.counts = [], Counter(state["counts"])
         self.num_seen, self.num_met, self.num_missing = state["num_seen"], state["num_met"], state["num_missing"]
         self.knows_the_root = state["knows_the_root"]
         self.listed = dict.fromkeys((source, sample) for source, sample in state["listed"])
-        if console.is_first_process():
-            keep_lines(self.file, len(self.listed))
 
 
 def by_reason(counts: Mapping[str, int]) -> str:
@@ -173,16 +171,3 @@ def reasons_of(problems: Sequence[BadSample | UnusableSample]) -> str:
     first = problems[0]
     example = f"{first.path}: {first.detail}" if first.path else first.detail
     return f"{by_reason(Counter(problem.reason for problem in problems))}; the first is {example}"
-
-
-def keep_lines(file: Path, num_lines: int) -> None:
-    """Cut a file off behind its first lines, where it has more; raises `StorageError`."""
-    try:
-        with file.open("r+b") as lines:
-            for _ in range(num_lines):
-                lines.readline()
-            lines.truncate(lines.tell())
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"{file}: {error}") from error

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from accel_clip.data.bad_samples import BadSample
+from accel_clip.data.lanes import Mark
+
+TENSORS = ("image", "tokens", "sample", "caption_hash", "picture_hash")
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,9 @@ class Batch:
     image: uint8 [b, 3, H, W], not normalised; tokens: int [b, L]; sample: int64 [b], the pair's index over all sources;
     caption_hash, picture_hash: int64 [b], equal for equal captions and for pairs of one picture; extra: columns that a
     loss asks for, first dimension b; bad_samples: those that were met, and replaced, on the way; features: those of
-    frozen towers that are known already, `image_features` or `text_features`, float32 [b, D].
+    frozen towers that are known already, `image_features` or `text_features`, float32 [b, D]; marks: where the lanes of
+    streams stand after it; num_cut_captions: how many captions have more tokens than L; num_pairs: how many of the b
+    pairs come from each source, by its name.
     """
 
     image: torch.Tensor
@@ -27,6 +34,9 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     bad_samples: tuple[BadSample, ...] = ()
     features: dict[str, torch.Tensor] = field(default_factory=dict)
+    marks: tuple[Mark, ...] = ()
+    num_cut_captions: int = 0
+    num_pairs: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -37,11 +47,32 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by torch's DataLoader)."""
-        pinned = {
-            key: getattr(self, key).pin_memory()
-            for key in ("image", "tokens", "sample", "caption_hash", "picture_hash")
-        }
+        pinned = {key: getattr(self, key).pin_memory() for key in TENSORS}
         extra, features = (
             {key: value.pin_memory() for key, value in named.items()} for named in (self.extra, self.features)
         )
         return replace(self, **pinned, extra=extra, features=features)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Return parts of a batch as one, in their order."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    tensors = {key: torch.cat([getattr(part, key) for part in parts]) for key in TENSORS}
+    extra = {key: torch.cat([part.extra[key] for part in parts]) for key in first.extra}
+    features = {key: torch.cat([part.features[key] for part in parts]) for key in first.features}
+    bad_samples = tuple(bad for part in parts for bad in part.bad_samples)
+    marks = tuple(mark for part in parts for mark in part.marks)
+    num_pairs: Counter[str] = Counter()
+    for part in parts:
+        num_pairs.update(part.num_pairs)
+    return Batch(
+        **tensors,
+        extra=extra,
+        features=features,
+        bad_samples=bad_samples,
+        marks=marks,
+        num_cut_captions=sum(part.num_cut_captions for part in parts),
+        num_pairs=num_pairs,
+    )

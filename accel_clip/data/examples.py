@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import torch
@@ -12,13 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accel_clip.config import Config
-from accel_clip.data.augmentation import evaluation_pixels, random_box, resized
+from accel_clip.data.augmentation import cut, evaluation_pixels, pixels_of, random_box, resized, training_scale
 from accel_clip.data.bad_samples import BadSample, UnusableSample
 from accel_clip.data.batch import Batch
-from accel_clip.data.captions import choose_caption, hash_of
-from accel_clip.data.decode import decode_part, decode_picture
+from accel_clip.data.captions import choose_caption, hash_of, is_cut
+from accel_clip.data.decode import decode_picture, decode_small
 from accel_clip.data.feature_cache import FeatureCache
+from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.base import Pair
+from accel_clip.data.transforms import Transforms, build_transforms
 from accel_clip.models.build import ClipModel
 from accel_clip.randomness import derive_seed
 
@@ -30,7 +33,8 @@ NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 class Example:
     """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L], extra float32 [any width] by column.
 
-    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty.
+    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty. is_cut:
+    whether the caption has more tokens than these.
     """
 
     image: Tensor
@@ -40,6 +44,7 @@ class Example:
     picture_hash: int
     extra: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    is_cut: bool = False
 
 
 class Preparation:
@@ -47,7 +52,8 @@ class Preparation:
 
     image_size: of the model, one number or height and width. pixels: from a decoded picture to uint8 [3, H, W], the
     same every time; None = a random crop of `image_size`. features: what is known of a tower, image or text; where
-    pictures are known none is decoded, and `image` is empty.
+    pictures are known none is decoded, and `image` is empty. pictures: their decoded pixels, so that none is decoded.
+    transforms: what follows, in training alone.
     """
 
     def __init__(
@@ -58,46 +64,69 @@ class Preparation:
         seed: int,
         pixels: Callable[[Image], Tensor] | None = None,
         features: Mapping[str, FeatureCache] | None = None,
+        pictures: PictureCache | None = None,
+        transforms: Transforms | None = None,
     ) -> None:
         self.tokenizer, self.max_pixels, self.seed = tokenizer, max_pixels, seed
-        self.pixels, self.features = pixels, features or {}
-        self.known_tokens: dict[str, Tensor] = {}
+        self.pixels, self.features, self.pictures = pixels, features or {}, pictures
+        self.transforms = transforms
+        self.known_tokens: dict[str, tuple[Tensor, bool]] = {}
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.size = width, height
 
     def example(self, pair: Pair, key: str, sample: int, epoch: int) -> Example:
         """Return a pair as an example; `key` is its picture's; raises `UnusableSample`."""
-        caption = choose_caption(pair.captions, self.seed, epoch, sample)
+        caption = choose_caption(pair.captions, self.seed, epoch, sample, pair.weights)
         hashes = {"text": hash_of("caption", caption), "image": hash_of("picture", key)}
         features = {f"{side}_features": known[hashes[side]] for side, known in self.features.items()}
-        image = NO_PICTURE if "image" in self.features else self.image_of(pair, sample, epoch)
-        tokens, numbers = self.tokens_of(caption), numbers_in(pair)
-        return Example(image, tokens, sample, hashes["text"], hashes["image"], numbers, features)
+        image = NO_PICTURE if "image" in self.features else self.image_of(pair, hashes["image"], sample, epoch)
+        (tokens, has_more), numbers = self.tokens_of(caption), numbers_in(pair)
+        return Example(image, tokens, sample, hashes["text"], hashes["image"], numbers, features, has_more)
 
-    def image_of(self, pair: Pair, sample: int, epoch: int) -> Tensor:
-        """Return the pixels of a pair's picture, uint8 [3, H, W]."""
+    def image_of(self, pair: Pair, picture_hash: int, sample: int, epoch: int) -> Tensor:
+        """Return the pixels of a pair's picture as training sees it this time, uint8 [3, H, W]."""
+        pixels = self.at_size(pair, picture_hash, sample, epoch)
+        if self.transforms is None:
+            return pixels
+        return self.transforms(pixels, derive_seed(self.seed, "transforms", epoch, sample))
+
+    def at_size(self, pair: Pair, picture_hash: int, sample: int, epoch: int) -> Tensor:
+        """Return the part of a pair's picture that training sees this time, uint8 [3, H, W]."""
+        pixels = self.decoded(pair.image) if self.pictures is None else self.pictures[picture_hash]
         if self.pixels is not None:
-            return self.pixels(decode_picture(pair.image, self.max_pixels))
-        choose = partial(random_box, Random(derive_seed(self.seed, "augmentation", epoch, sample)))
-        return resized(decode_part(pair.image, self.max_pixels, choose, self.size), self.size)
+            return pixels
+        height, width, _ = pixels.shape
+        generator = Random(derive_seed(self.seed, "augmentation", epoch, sample))
+        return resized(cut(pixels, random_box(generator, width, height)), self.size)
 
-    def tokens_of(self, caption: str) -> Tensor:
-        """Return a caption's tokens; those of earlier epochs are remembered, as far as there is room."""
-        tokens = self.known_tokens.get(caption)
-        if tokens is None:
+    def decoded(self, image: Image | bytes | Path) -> Tensor:
+        """Return what of a picture is always the same: uint8 [h, w, 3] to be cut, or [3, H, W] without augmentation."""
+        if self.pixels is not None:
+            return self.pixels(decode_picture(image, self.max_pixels))
+        return pixels_of(decode_small(image, self.max_pixels, partial(training_scale, self.size)))
+
+    def tokens_of(self, caption: str) -> tuple[Tensor, bool]:
+        """Return a caption's tokens, int [L], and whether it has more; both are remembered as far as there is room."""
+        known = self.known_tokens.get(caption)
+        if known is None:
             tokens = self.tokenizer([caption])[0]
+            known = tokens, is_cut(caption, tokens, self.tokenizer)
             if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
-                self.known_tokens[caption] = tokens
-        return tokens
+                self.known_tokens[caption] = known
+        return known
 
 
 def preparation_for(
-    model: ClipModel, config: Config, features: Mapping[str, FeatureCache] | None = None
+    model: ClipModel,
+    config: Config,
+    features: Mapping[str, FeatureCache] | None = None,
+    pictures: PictureCache | None = None,
 ) -> Preparation:
     """Return what pairs go through on their way to a model, as the settings say."""
     data, preprocess = config.data, model.preprocess_config
     pixels = evaluation_pixels(preprocess) if data.augmentation == "none" else None
-    return Preparation(model.tokenizer, preprocess["size"], data.max_pixels, config.seed, pixels, features)
+    size, transforms = preprocess["size"], build_transforms(data.transforms, preprocess["size"], preprocess["mean"])
+    return Preparation(model.tokenizer, size, data.max_pixels, config.seed, pixels, features, pictures, transforms)
 
 
 def numbers_in(pair: Pair) -> dict[str, Tensor]:
@@ -118,6 +147,7 @@ def batch_of(examples: Sequence[Example], bad_samples: Sequence[BadSample]) -> B
         caption_hash=torch.tensor([example.caption_hash for example in examples]),
         picture_hash=torch.tensor([example.picture_hash for example in examples]),
         bad_samples=tuple(bad_samples),
+        num_cut_captions=sum(example.is_cut for example in examples),
         features={name: torch.stack([example.features[name] for example in examples]) for name in first.features},
         extra={name: torch.stack([example.extra[name] for example in examples]) for name in first.extra},
     )

@@ -11,30 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from accel_clip.console import is_first_process, say
+from accel_clip.console import say
 from accel_clip.data.augmentation import evaluation_pixels
-from accel_clip.data.bad_samples import UnusableData, UnusableSample
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.cache_folder import Fingerprint
 from accel_clip.data.captions import hash_of
 from accel_clip.data.decode import decode_picture
-from accel_clip.data.feature_cache import FeatureCache, FeatureWriter, Fingerprint, what_changed
-from accel_clip.data.loader import ignore_interrupt
-from accel_clip.data.sources.base import Pair, Source
+from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
+from accel_clip.data.once import DifferentPictures, Items, fingerprint_of, load, must_build, say_unusable
+from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
@@ -44,7 +42,6 @@ from accel_clip.models.towers import length_groups, text_chunks
 MOST_ROWS = 256  # that one worker loads for a forward pass: a larger one is no faster
 COST_OF_A_GROUP = 256  # tokens: what a group of captions of one length costs beside its own
 NOUNS = {"image": "pictures", "text": "captions"}
-Loaded = Tensor | UnusableSample | DataError
 
 
 @dataclass(frozen=True)
@@ -98,52 +95,6 @@ class FrozenTower:
         }
 
 
-class Items(Dataset[Loaded]):
-    """The different pictures or captions of a source, ready for their tower.
-
-    keys: int64 [n], ascending; what cannot be used is returned as the error: raised in a worker it would lose its type.
-    """
-
-    keys: numpy.ndarray
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, item: int) -> Loaded:
-        try:
-            return self.load(item)
-        except (UnusableSample, DataError) as error:
-            return error
-
-    def load(self, item: int) -> Tensor:
-        """Return an item as the tower takes it; raises `UnusableSample` and `DataError`."""
-        raise NotImplementedError
-
-
-class DifferentPictures(Items):
-    """The pictures of a source: uint8 [3, H, W] each, those with one key once."""
-
-    def __init__(self, source: Source, pixels: Callable[[Image], Tensor], max_pixels: float) -> None:
-        self.source, self.pixels, self.max_pixels = source, pixels, max_pixels
-        hashes = (hash_of("picture", source.key(sample)) for sample in range(len(source)))
-        self.key_of_sample = numpy.fromiter(hashes, numpy.int64, len(source))
-        self.keys, self.first_sample = numpy.unique(self.key_of_sample, return_index=True)
-
-    def load(self, item: int) -> Tensor:
-        """Return the pixels of a picture."""
-        return self.pixels(decode_picture(self.fetch(item).image, self.max_pixels))
-
-    def fetch(self, item: int) -> Pair:
-        """Return the first pair with a picture; another where that one has a fault of its own, in its caption."""
-        try:
-            return self.source[int(self.first_sample[item])]
-        except UnusableSample:
-            for sample in numpy.flatnonzero(self.key_of_sample == self.keys[item])[1:]:
-                with suppress(UnusableSample):
-                    return self.source[int(sample)]
-            raise
-
-
 class DifferentCaptions(Items):
     """The captions of a source: tokens, int [L] each, equal captions once."""
 
@@ -167,13 +118,9 @@ def hashed_captions(source: Source) -> Iterator[tuple[int, int, int]]:
                 yield hash_of("caption", caption), sample, number
 
 
-@dataclass(frozen=True)
-class LoadedChunk:
-    """A chunk of items: the usable ones as one tensor, where they stand in it, and what is wrong with the others."""
-
-    inputs: Tensor | None
-    usable: list[int]
-    problems: dict[int, UnusableSample] = field(default_factory=dict)
+def decoded(pixels: Callable[[Image], Tensor], max_pixels: float, image: Image | bytes | Path) -> Tensor:
+    """Return a stored picture as its tower takes it, uint8 [3, H, W]."""
+    return pixels(decode_picture(image, max_pixels))
 
 
 def open_features(
@@ -185,13 +132,15 @@ def open_features(
     """
     items: Items
     if tower.side == "image":
-        items = DifferentPictures(source, evaluation_pixels(tower.model.preprocess_config), max_pixels)
+        items = DifferentPictures(
+            source, partial(decoded, evaluation_pixels(tower.model.preprocess_config), max_pixels)
+        )
     else:
         items = DifferentCaptions(source, tower.model.tokenizer)
     if not len(items):
         raise DataError(f"data.train: {source.name} holds no usable {NOUNS[tower.side]}")
     fingerprint = {**tower.fingerprint(), **fingerprint_of(source, items), "max_pixels": max_pixels}
-    if must_encode(tower, folder, fingerprint):
+    if must_build(tower.accelerator, FeatureCache, folder, fingerprint, "features"):
         say(f"encoding {len(items):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
         encode_all(tower, items, folder, fingerprint, num_workers)
     try:
@@ -202,23 +151,6 @@ def open_features(
         ) from error
 
 
-def fingerprint_of(source: Source, items: Items) -> Fingerprint:
-    """Return what tells the items from those of another source."""
-    keys = hashlib.blake2b(items.keys.tobytes(), digest_size=16)
-    return {"source": source.name, "length": len(source), "keys": keys.hexdigest()}
-
-
-def must_encode(tower: FrozenTower, folder: Path, fingerprint: Fingerprint) -> bool:
-    """Return whether the features are not on disk, and say why: the first process looks for all."""
-    changed = what_changed(folder, fingerprint) if tower.accelerator.is_main_process else None
-    [changed] = broadcast_object_list([changed])
-    if changed:
-        say(f"the features in {folder} were computed with other {', '.join(changed)}: they are replaced")
-    elif changed is not None:
-        say(f"the features in {folder} are used again")
-    return changed != []
-
-
 def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fingerprint, num_workers: int) -> None:
     """Encode the items, each process its share, and write them."""
     accelerator, num_rows = tower.accelerator, min(tower.rows, MOST_ROWS)
@@ -227,7 +159,7 @@ def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fing
     own_problems: list[tuple[int, UnusableSample]] = []
     chunks = own_chunks(accelerator, len(items), num_rows)
     tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
-    loaded = with_progress(load(items, chunks, num_workers))
+    loaded = load(items, chunks, num_workers, torch.stack)
     for number, (items_of_chunk, chunk) in enumerate(zip(chunks, loaded, strict=True)):
         rows = torch.zeros(num_rows, width, device=accelerator.device)
         if chunk.inputs is not None:
@@ -239,8 +171,7 @@ def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fing
     problems = gather_object(own_problems)
     if writer is not None:
         writer.finish(items.keys, fingerprint, dict(problems))
-    if problems:
-        say(f"{len(problems):,} of {len(items):,} are unusable; the run says so where it meets them")
+    say_unusable(len(problems), len(items))
     accelerator.wait_for_everyone()
 
 
@@ -249,34 +180,3 @@ def own_chunks(accelerator: Accelerator, num_items: int, num_rows: int) -> list[
     in_round = num_rows * accelerator.num_processes
     own = (start + accelerator.process_index * num_rows for start in range(0, num_items, in_round))
     return [range(min(start, num_items), min(start + num_rows, num_items)) for start in own]
-
-
-def load(items: Items, chunks: Sequence[range], num_workers: int) -> DataLoader[Any]:
-    """Return the loader of these chunks; a generator of its own keeps it from drawing on torch's."""
-    return DataLoader(
-        items,
-        batch_sampler=[list(chunk) for chunk in chunks],
-        collate_fn=collate,
-        num_workers=num_workers,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),
-    )
-
-
-def collate(loaded: list[Loaded]) -> LoadedChunk | DataError:
-    """Return items as one chunk, or the first error that ends the run."""
-    for each in loaded:
-        if isinstance(each, DataError):
-            return each
-    usable = {row: each for row, each in enumerate(loaded) if isinstance(each, Tensor)}
-    problems = {row: each for row, each in enumerate(loaded) if isinstance(each, UnusableSample)}
-    return LoadedChunk(torch.stack(list(usable.values())) if usable else None, list(usable), problems)
-
-
-def with_progress(loader: DataLoader[Any]) -> Iterator[LoadedChunk]:
-    """Yield the chunks behind a progress bar on the first process; raises what a worker could not get over."""
-    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
-    for chunk in tqdm(loader, unit="chunk", leave=False, disable=not is_first_process(), mininterval=interval):
-        if isinstance(chunk, DataError):
-            raise UnusableData(str(chunk)) from chunk
-        yield chunk

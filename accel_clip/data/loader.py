@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +24,7 @@ from accel_clip.data.bad_samples import (
 )
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Example, Preparation, batch_of
-from accel_clip.data.order import Order, Place
+from accel_clip.data.order import BatchOrder, Place
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError, recognised
@@ -39,7 +41,7 @@ class Found:
 class TrainingPairs(Dataset[Found | DataError]):
     """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
-    def __init__(self, source: Source, order: Order, preparation: Preparation) -> None:
+    def __init__(self, source: Source, order: BatchOrder, preparation: Preparation) -> None:
         self.source, self.order, self.preparation = source, order, preparation
 
     def __getitem__(self, place: Place) -> Found | DataError:
@@ -76,7 +78,7 @@ class TrainingPairs(Dataset[Found | DataError]):
 class BatchPlaces(Sampler[list[Place]]):
     """The places of one process in the contrastive batches of the run that are named, over all epochs."""
 
-    def __init__(self, order: Order, batches: range, process: int, num_processes: int) -> None:
+    def __init__(self, order: BatchOrder, batches: range, process: int, num_processes: int) -> None:
         self.order, self.batches = order, batches
         self.process, self.num_processes = process, num_processes
 
@@ -106,6 +108,16 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def start_worker(worker: int) -> None:
+    """Begin a worker process: without interrupts, and without copies of what the training process has in memory.
+
+    The first full garbage collection would write into nearly every page that it shares with that process since the
+    fork, and so copy more than 100 MiB into each worker.
+    """
+    ignore_interrupt(worker)
+    gc.freeze()
+
+
 @atexit.register
 def end_workers() -> None:
     """End the workers that are left when the program ends, such as those of a loader that an error's traceback holds.
@@ -119,24 +131,28 @@ def end_workers() -> None:
             worker.kill()
 
 
+def worker_settings(num_workers: int, num_ahead: int) -> dict[str, Any]:
+    """Return what every loader of this package is built with; each worker prepares `num_ahead` batches ahead.
+
+    A generator of its own keeps a loader from drawing on torch's, so that dropout does not depend on the workers.
+    """
+    return {
+        "num_workers": num_workers,
+        "prefetch_factor": num_ahead if num_workers else None,
+        "worker_init_fn": start_worker,
+        "generator": torch.Generator(),
+    }
+
+
 def iterate(
     pairs: TrainingPairs, places: BatchPlaces, config: DataConfig, num_workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process, on the CPU; raises what a worker could not get over, and `WorkerKilled`.
 
-    Closed, it ends its workers. A generator of its own keeps the loader from drawing on torch's, so that dropout does
-    not depend on the workers.
+    Closed, it ends its workers.
     """
-    loader = DataLoader(
-        pairs,
-        batch_sampler=places,
-        collate_fn=collate,
-        num_workers=num_workers,
-        prefetch_factor=config.prefetch if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),
-    )
+    settings = worker_settings(num_workers, config.prefetch)
+    loader = DataLoader(pairs, batch_sampler=places, collate_fn=collate, pin_memory=pin_memory, **settings)
     with recognised():
         for item in loader:
             if isinstance(item, DataError):

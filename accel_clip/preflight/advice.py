@@ -38,7 +38,7 @@ def of_length(config: Config, run: RunFacts) -> Iterator[str]:
         yield f"{setting}: the run has {run.num_steps} steps, and below {FEW_STEPS} little is learnt"
     if run.num_warmup_steps > MUCH_WARMUP * run.num_steps:
         yield f"optim.warmup: {run.num_warmup_steps} of {run.num_steps} steps are warm-up; a tenth is usual"
-    if run.batch_size > MUCH_OF_THE_DATA * run.num_pairs:
+    if run.num_pairs is not None and run.batch_size > MUCH_OF_THE_DATA * run.num_pairs:
         yield (
             f"train.batch_size: a batch of {run.batch_size} is more than half of the {run.num_pairs:,} pairs: every "
             "step sees nearly the same ones"
@@ -49,7 +49,8 @@ def of_length(config: Config, run: RunFacts) -> Iterator[str]:
             f"{max(STEPS_BETWEEN_EVALUATIONS, run.num_steps // 10)} or so"
         )
     if not run.num_held_out:
-        yield "data.val_fraction: no pairs are held out, so nothing shows whether the model gets better on others"
+        key = "data.val_fraction" if run.num_pairs is not None else "data.val"
+        yield f"{key}: no pairs are held out, so nothing shows whether the model gets better on others"
 
 
 def of_training(config: Config, model: ModelFacts) -> Iterator[str]:

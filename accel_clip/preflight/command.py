@@ -58,7 +58,9 @@ def measured(parts: Parts, num_samples: int, seconds: float, problems: Problems)
     from accel_clip.preflight.speed import measure_speed
 
     run, model = sections.run_facts(parts), sections.model_facts(parts)
-    say(f"looking at {min(num_samples, run.num_pairs):,} of {run.num_pairs:,} training pairs")
+    known = run.num_pairs
+    number, whole = (num_samples, "the") if known is None else (min(num_samples, known), f"{known:,}")
+    say(f"looking at {number:,} of {whole} training pairs")
     sample = problems.attempt(partial(sections.take_sample, parts, num_samples))
     data = None if sample is None else sections.data_facts(parts, sample)
     if data is not None:

@@ -15,12 +15,12 @@ class RunFacts:
     device: str
     num_processes: int
     precision: str
-    num_pairs: int
+    num_pairs: int | None
     num_held_out: int
     batch_size: int
     accumulate: int
-    steps_per_epoch: float
-    num_epochs: float
+    steps_per_epoch: float | None
+    num_epochs: float | None
     num_steps: int
     num_warmup_steps: int
     steps_between_evaluations: float
@@ -50,10 +50,11 @@ class DataFacts:
     """What a sample of the training pairs holds; shares are of the pairs looked at.
 
     num_unusable: by reason; examples: one unusable sample a reason; the numbers of repeated ones count every pair after
-    the first with the same picture or caption; picture_size: of the picture in the middle by its pixels.
+    the first with the same picture or caption; picture_size: of the picture in the middle by its pixels;
+    pairs_in_batch: of each of several sources, on average where it varies.
     """
 
-    num_pairs: int
+    num_pairs: int | None
     num_looked_at: int
     num_unusable: dict[str, int]
     examples: dict[str, str]
@@ -65,6 +66,7 @@ class DataFacts:
     token_limit: int
     picture_size: tuple[int, int] | None
     decoding_seconds: float
+    pairs_in_batch: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,12 @@ def run_rows(run: RunFacts) -> Iterator[Row]:
     processes = counted(run.num_processes, "process").replace("processs", "processes")
     yield "folder", run.output_dir + (": the run in it goes on" if run.goes_on else "")
     yield "device", f"{run.device}, {processes}, precision {run.precision}"
-    yield "pairs", f"{run.num_pairs:,} to train on, {run.num_held_out:,} held out"
+    number = "as many as streams bring" if run.num_pairs is None else f"{run.num_pairs:,}"
+    yield "pairs", f"{number} to train on, {run.num_held_out:,} held out"
     averaged = f", {run.accumulate} averaged per step" if run.accumulate > 1 else ""
     yield "batch", f"{run.batch_size:,} pairs{averaged}"
-    yield "steps", f"{run.num_steps:,} = {run.num_epochs:.3g} epochs of {run.steps_per_epoch:.6g}"
+    epochs = "" if run.num_epochs is None else f" = {run.num_epochs:.3g} epochs of {run.steps_per_epoch:.6g}"
+    yield "steps", f"{run.num_steps:,}{epochs}"
     yield "warm-up", f"{run.num_warmup_steps:,} steps, {run.num_warmup_steps / run.num_steps:.0%} of the run"
     yield "evaluations", f"every {run.steps_between_evaluations:.6g} steps, at step 0 and at the end"
     logarithm = f" = ln({run.batch_size})" if math.isclose(run.starting_loss, math.log(run.batch_size)) else ""
@@ -69,7 +71,10 @@ def model_rows(model: ModelFacts) -> Iterator[Row]:
 
 def data_rows(data: DataFacts) -> Iterator[Row]:
     """Yield the rows about the sample, with an example of each kind of unusable pair."""
-    yield "looked at", f"{data.num_looked_at:,} of {data.num_pairs:,} pairs, {1000 * data.decoding_seconds:.1f} ms each"
+    where = "pairs, the first of streams" if data.num_pairs is None else f"of {data.num_pairs:,} pairs"
+    yield "looked at", f"{data.num_looked_at:,} {where}, {1000 * data.decoding_seconds:.1f} ms each"
+    for name, pairs in data.pairs_in_batch.items():
+        yield "in a batch", f"{pairs:,.1f}".removesuffix(".0") + f" of {name}"
     number = sum(data.num_unusable.values())
     yield "unusable", f"{number} ({data.unusable_share:.1%}); a run stops above {data.unusable_limit:.1%}"
     for reason, count in data.num_unusable.items():

@@ -13,10 +13,11 @@ from torch import nn
 from accel_clip.assembly import assemble
 from accel_clip.chunks import Plan
 from accel_clip.config import Config, OptimConfig, TrainConfig
-from accel_clip.data.order import Order, check_divisible
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.feed import Feed, build_feed
+from accel_clip.data.order import check_divisible
+from accel_clip.data.pairs import Opened, open_training
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.resolve import open_labelled, open_source
+from accel_clip.data.sources.resolve import open_item, open_labelled, open_source
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import AccelClipError
 from accel_clip.losses.base import Loss, build_loss
@@ -35,12 +36,16 @@ from accel_clip.tracking import TRAINING_METRICS
 
 @dataclass(frozen=True)
 class DataParts:
-    """The pairs of a run and how long it is."""
+    """Where the pairs of a run come from and how long it is."""
 
-    pairs: Source
+    feed: Feed
     held_out: Source | None
-    order: Order
     schedule: Schedule
+
+    @property
+    def num_pairs(self) -> int | None:
+        """Return how many pairs there are to train on, None where streams bring some."""
+        return None if self.feed.source is None else len(self.feed.source)
 
 
 @dataclass(frozen=True)
@@ -94,26 +99,27 @@ def build_data(config: Config, num_processes: int, extra: tuple[str, ...], probl
     problems.attempt(partial(check_divisible, train.batch_size, num_processes))
     if opened is None:
         return None
-    pairs, held_out = opened
-    order = problems.attempt(partial(Order, len(pairs), train.batch_size, config.seed))
-    if order is None:
+    if train.batch_size % num_processes:
+        num_processes = 1  # what else is wrong shows with any number
+    feed = problems.attempt(partial(build_feed, opened, config, num_processes))
+    num_steps = None if feed is None else problems.attempt(partial(feed.num_steps, train))
+    if feed is None or num_steps is None:
         return None
-    num_steps = train.steps or max(1, train.epochs * order.batches_per_epoch // train.accumulate)
     schedule = problems.attempt(partial(build_schedule, config.optim, num_steps))
-    return None if schedule is None else DataParts(pairs, held_out, order, schedule)
+    return None if schedule is None else DataParts(feed, opened.held_out, schedule)
 
 
-def open_everything(config: Config, extra: tuple[str, ...], problems: Problems) -> tuple[Source, Source | None] | None:
+def open_everything(config: Config, extra: tuple[str, ...], problems: Problems) -> Opened | None:
     """Return the training and the held-out pairs; where that fails each source is opened alone to find every reason."""
     data, zero_shot = config.data, config.eval.zero_shot
     if zero_shot is not None:
         problems.attempt(partial(open_labelled, zero_shot, data, config.eval.label_key))
     try:
-        return open_pairs(data, extra)
+        return open_training(data, extra)
     except AccelClipError as error:
         before = len(problems)
         for item in data.train:
-            problems.attempt(partial(open_source, item, data, extra=extra))
+            problems.attempt(partial(open_item, item, data, extra))
         for item in data.val or []:
             problems.attempt(partial(open_source, item, data))
         if len(problems) == before:

@@ -6,19 +6,23 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy
 from PIL.Image import Image
 from torch import Tensor
 
+from accel_clip.data.augmentation import training_scale
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.captions import choose_caption, hash_of
-from accel_clip.data.decode import Box, decode_part
+from accel_clip.data.captions import choose_caption, hash_of, is_cut
+from accel_clip.data.decode import decode_small
 from accel_clip.data.examples import numbers_in
-from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.combine import origin
+from accel_clip.data.feed import Feed
+from accel_clip.data.sources.base import Pair, Source, Stream
+from accel_clip.data.sources.combine import Concatenated, origin
 
+SHARDS_TO_LOOK_AT = 4
 MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are looked at then
 
 
@@ -70,7 +74,7 @@ class Looker:
     def look_at(self, index: int) -> Look:
         """Return what a pair is in the first epoch; raises `UnusableSample` where the loader does."""
         pair = self.source[index]
-        caption = choose_caption(pair.captions, self.seed, 0, index)
+        caption = choose_caption(pair.captions, self.seed, 0, index, pair.weights)
         picture_size = self.decoded_size(pair.image)
         tokens = self.tokenizer([caption])[0]
         return Look(
@@ -86,12 +90,42 @@ class Looker:
         """Return a picture's width and height after decoding it; raises `UnusableSample`."""
         sizes: list[tuple[int, int]] = []
 
-        def whole(width: int, height: int) -> Box:
+        def scale_for(width: int, height: int, spare: float) -> int:
             sizes.append((width, height))
-            return 0, 0, width, height
+            return training_scale(self.size, width, height, spare)
 
-        decode_part(image, self.max_pixels, whole, self.size)
+        decode_small(image, self.max_pixels, scale_for)
         return sizes[0]
+
+
+class Beginning:
+    """The first pairs of a stream, as a source that knows its pairs; they come from up to four of its shards."""
+
+    def __init__(self, stream: Stream, num_samples: int) -> None:
+        self.name = stream.name
+        num_shards = min(stream.num_shards, SHARDS_TO_LOOK_AT)
+        heads = (islice(stream.read(shard, 0), -(-num_samples // num_shards)) for shard in range(num_shards))
+        self.items = [item for head in heads for item in head]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = self.items[index].pair
+        if isinstance(pair, UnusableSample):
+            raise pair
+        return pair
+
+    def key(self, index: int) -> str:
+        """Return the key that the stream gives the picture."""
+        return self.items[index].key
+
+
+def known_part(feed: Feed, num_samples: int) -> Source:
+    """Return the pairs that can be fetched by their number, and the beginnings of streams."""
+    sources: list[Source] = [] if feed.fetched is None else [feed.fetched.source]
+    sources += [Beginning(part.stream, num_samples // len(feed.parts)) for part in feed.streams]
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
 def look_at_sample(looker: Looker, num_samples: int) -> Sample:
@@ -115,9 +149,3 @@ def spread(num_pairs: int, num_samples: int) -> list[int]:
     number = min(num_pairs, num_samples)
     even = numpy.arange(number) * num_pairs // number
     return numpy.random.Generator(numpy.random.PCG64(0)).permutation(even).tolist()
-
-
-def is_cut(caption: str, tokens: Tensor, tokenizer: Callable[..., Tensor]) -> bool:
-    """Return whether a caption has more tokens than its context: with room for one more it reads differently."""
-    longer = tokenizer([caption], context_length=len(tokens) + 1)[0]
-    return not bool((longer[: len(tokens)] == tokens).all())

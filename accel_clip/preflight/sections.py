@@ -16,8 +16,9 @@ from accel_clip.models.names import matches
 from accel_clip.plan import STATE_BYTES, free_for_graphs, graph_bytes
 from accel_clip.preflight.facts import DataFacts, DiskFacts, ModelFacts, RunFacts
 from accel_clip.preflight.parts import Parts
-from accel_clip.preflight.sample import Looker, Sample, look_at_sample
+from accel_clip.preflight.sample import Looker, Sample, known_part, look_at_sample
 from accel_clip.run_folder import RunFolder
+from accel_clip.timetable import PARTS_WITHOUT_EPOCHS
 
 BYTES_OF_A_FEATURE = 4
 
@@ -25,23 +26,24 @@ BYTES_OF_A_FEATURE = 4
 def run_facts(parts: Parts) -> RunFacts:
     """Return how long the run is and on what it runs."""
     config, data = parts.config, parts.data
-    steps_per_epoch = data.order.batches_per_epoch / config.train.accumulate
-    num_steps = data.schedule.num_steps
+    num_steps, length = data.schedule.num_steps, data.feed.batches_per_epoch
+    steps_per_epoch = None if length is None else length / config.train.accumulate
+    steps_between = config.eval.every or steps_per_epoch or num_steps / PARTS_WITHOUT_EPOCHS
     return RunFacts(
         output_dir=config.output_dir,
         goes_on=RunFolder(config.output_dir).holds_run(),
         device=parts.accelerator.device.type,
         num_processes=parts.num_processes,
         precision=str(parts.accelerator.mixed_precision),
-        num_pairs=len(data.pairs),
+        num_pairs=data.num_pairs,
         num_held_out=0 if data.held_out is None else len(data.held_out),
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
         steps_per_epoch=steps_per_epoch,
-        num_epochs=num_steps / steps_per_epoch,
+        num_epochs=None if steps_per_epoch is None else num_steps / steps_per_epoch,
         num_steps=num_steps,
         num_warmup_steps=data.schedule.num_warmup_steps,
-        steps_between_evaluations=float(config.eval.every or steps_per_epoch),
+        steps_between_evaluations=float(steps_between),
         starting_loss=starting_loss(parts),
     )
 
@@ -97,7 +99,8 @@ def take_sample(parts: Parts, num_samples: int) -> Sample:
     """Return what a sample of the training pairs holds."""
     height, width = model_size(parts.model.preprocess_config["size"])
     tokenizer, config = parts.model.tokenizer, parts.config
-    looker = Looker(parts.data.pairs, tokenizer, (width, height), config.seed, config.data.max_pixels)
+    source = known_part(parts.data.feed, num_samples)
+    looker = Looker(source, tokenizer, (width, height), config.seed, config.data.max_pixels)
     return look_at_sample(looker, num_samples)
 
 
@@ -109,9 +112,9 @@ def model_size(size: Any) -> tuple[int, int]:
 def data_facts(parts: Parts, sample: Sample) -> DataFacts:
     """Return what a sample shows, as the report has it."""
     sizes = sorted((look.picture_size for look in sample.looks), key=math.prod)
-    num_unusable = sum(sample.unusable.values())
+    num_unusable, held = sum(sample.unusable.values()), parts.data.feed.pairs_in_batch
     return DataFacts(
-        num_pairs=len(parts.data.pairs),
+        num_pairs=parts.data.num_pairs,
         num_looked_at=sample.num_looked_at,
         num_unusable={reason: sample.unusable[reason] for reason in REASONS},
         examples={reason: text for reason, (_, text) in sample.first.items()},
@@ -123,6 +126,7 @@ def data_facts(parts: Parts, sample: Sample) -> DataFacts:
         token_limit=len(sample.looks[0].tokens) if sample.looks else 0,
         picture_size=sizes[len(sizes) // 2] if sizes else None,
         decoding_seconds=sample.seconds / sample.num_looked_at,
+        pairs_in_batch=held if len(held) > 1 else {},
     )
 
 
@@ -148,4 +152,4 @@ def cached_features_bytes(parts: Parts) -> int:
     """Return what the features of a frozen tower take at most, where they are kept."""
     if parts.config.cached_tower is None:
         return 0
-    return BYTES_OF_A_FEATURE * parts.model.model_config["embed_dim"] * len(parts.data.pairs)
+    return BYTES_OF_A_FEATURE * parts.model.model_config["embed_dim"] * (parts.data.num_pairs or 0)

@@ -11,8 +11,7 @@ from torch.nn import functional
 from accel_clip.chunks import Plan
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
-from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
-from accel_clip.data.order import Order
+from accel_clip.data.feed import Seat
 from accel_clip.faults import ConfigError
 from accel_clip.preflight.facts import SpeedFacts
 from accel_clip.preflight.parts import Parts
@@ -54,12 +53,12 @@ def other_workers(parts: Parts) -> list[int]:
 
 def loader_rate(parts: Parts, num_workers: int, seconds: float) -> float:
     """Return the pairs a second of the loader when nobody waits for them; raises `DataError` without usable pairs."""
-    config, source = parts.config, parts.data.pairs
+    config, feed = parts.config, parts.data.feed
     rows = min(LOADER_PAIRS, parts.pairs_per_process)
-    order = Order(len(source), rows, config.seed)
-    pairs = TrainingPairs(source, order, preparation_for(parts.model, config))
-    on_cuda = parts.accelerator.device.type == "cuda"
-    loader = iterate(pairs, BatchPlaces(order, range(WITHOUT_END), 0, 1), config.data, num_workers, on_cuda)
+    # Every part of a batch mixes the sources, but only a process's has all lanes of a stream that it needs.
+    num_parts = parts.num_processes if feed.streams else config.train.batch_size // rows
+    seat = Seat(0, num_parts, num_workers, parts.accelerator.device.type == "cuda")
+    loader = feed.open(range(WITHOUT_END), seat, preparation_for(parts.model, config))
     for _ in range(max(1, num_workers)):  # each worker has started, and has made its first batch
         next(loader)
     start, num_pairs, elapsed = time.perf_counter(), 0, 0.0

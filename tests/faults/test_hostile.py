@@ -783,6 +783,8 @@ def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
         (["--model.name", "hf-hub:org/name"], "hf-hub:org/name"),
         (["--model.name", "ViT-B-32", "--model.pretrained", "laion2b_s34b_b79k"], "laion2b_s34b_b79k"),
         (["--data.train", "hf:org/name"], "hf:org/name"),
+        (["--data.train", "hf-stream:org/name"], "hf-stream:org/name"),
+        (["--data.train", "https://example.org/{0000..0041}.tar"], "https://example.org/0000.tar: 3 attempts"),
     ],
 )
 def test_hub_names_without_a_network_fail_soon(words: list[str], name: str, tmp_path: Path) -> None:

@@ -78,6 +78,26 @@ def origin(source: Source, index: int) -> tuple[Source, int]:
     return source, index
 
 
+def part_names(source: Source) -> list[str]:
+    """Return the names of the sources that were put together, made different where two are the same."""
+    names: list[str] = []
+    for part in source.sources if isinstance(source, Concatenated) else [source]:
+        name, number = part.name, 2
+        while name in names:
+            name, number = f"{part.name} ({number})", number + 1
+        names.append(name)
+    return names
+
+
+def count_by_part(source: Source, samples: numpy.ndarray) -> dict[str, int]:
+    """Return how many of some samples, int64 [n], each of several sources holds, by name; empty for one source."""
+    if not isinstance(source, Concatenated) or len(source.sources) == 1:
+        return {}
+    numbers = numpy.searchsorted(source.ends, samples, side="right")
+    counts = numpy.bincount(numbers, minlength=len(source.ends))
+    return dict(zip(part_names(source), counts.tolist(), strict=True))
+
+
 def split_held_out(source: Source, fraction: float) -> tuple[Source, Source | None]:
     """Return the training part of a source and its held-out part, None when that has no pairs.
 

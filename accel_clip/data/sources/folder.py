@@ -37,11 +37,11 @@ class CaptionFiles(TableSource):
         super().__init__(name, table, Columns("image", ("caption_file",), "label"), root, limit)
         self.encodings = encodings
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the lines of a picture's text file that are not empty; raises `UnusableSample`."""
-        written = super().captions(index)
+    def captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Return the lines of a picture's text file that are not empty, all alike; raises `UnusableSample`."""
+        written, _ = super().captions(index)
         if not written:
-            return ()
+            return (), ()
         try:
             file = self.file(written[0])
             if not file.is_file():  # reading a pipe would wait for ever
@@ -54,7 +54,7 @@ class CaptionFiles(TableSource):
         except UnicodeDecodeError as error:
             detail = f"{error}: name the encoding of captions by data.encoding"
             raise UnusableSample("caption_encoding", detail, written[0]) from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        return tuple(line.strip() for line in text.splitlines() if line.strip()), ()
 
 
 def open_folder(folder: Path, options: SourceOptions) -> Source:

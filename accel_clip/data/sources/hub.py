@@ -44,12 +44,17 @@ def load_hub(name: str, split: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if name == UNPICKLING:
-        raise DataError(f"hf:{name} is no dataset but a reader of pickled tables, which run programs: save a .parquet")
+    refuse_unpickling(name)
     try:
         return load_dataset(name, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a script instead of data
         raise DataError(f"hf:{name}:{split} cannot be loaded: {first_line(error)}") from error
+
+
+def refuse_unpickling(name: str) -> None:
+    """Raise `DataError` for a name that stands for a reader which unpickles what lies in the current folder."""
+    if name == UNPICKLING:
+        raise DataError(f"hf:{name} is no dataset but a reader of pickled tables, which run programs: save a .parquet")
 
 
 def load_saved(folder: Path) -> Dataset:
@@ -59,7 +64,7 @@ def load_saved(folder: Path) -> Dataset:
 
     try:
         dataset = load_from_disk(str(folder))
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, LookupError) as error:  # LookupError: it has no rows
         raise DataError(f"{folder}: the saved dataset cannot be loaded: {first_line(error)}") from error
     if not isinstance(dataset, DatasetDict):
         return dataset

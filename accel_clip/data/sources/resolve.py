@@ -11,18 +11,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
-from accel_clip.data.sources.base import SOURCES, Source
-from accel_clip.data.sources.shard_names import find_shards, means_shards, refuse_address
-from accel_clip.faults import DataError, nearest
+from accel_clip.data.sources.base import SOURCES, Source, Stream
+from accel_clip.data.sources.shard_names import (
+    find_addresses,
+    find_shards,
+    means_addresses,
+    means_shards,
+    refuse_address,
+)
+from accel_clip.faults import ConfigError, DataError, nearest
 
-BUILT_IN = {"demo": "accel_clip.data.sources.demo", "hf": "accel_clip.data.sources.hub"}
+BUILT_IN = {
+    "demo": "accel_clip.data.sources.demo",
+    "hf": "accel_clip.data.sources.hub",
+    "hf-stream": "accel_clip.data.sources.hub_stream",
+}
 """Registered names of this package, and the modules that register them when they are imported."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 FORMS = (
-    f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar, a folder of pictures, "
-    "a saved dataset, hf:org/name[:split], demo, or name:argument of a registered source"
+    f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar or "
+    "https://host/{0000..0041}.tar, a folder of pictures, a saved dataset, hf:org/name[:split], "
+    "hf-stream:org/name[:split], demo, or name:argument of a registered source"
 )
 
 
@@ -44,9 +55,9 @@ class SourceOptions(SourceConfig):
 
 @dataclass(frozen=True)
 class Location:
-    """Where the pairs are: `kind` is registered, table, shards, folder or saved.
+    """Where the pairs are: `kind` is registered, table, shards, remote, folder or saved.
 
-    `path` is absent for registered names, and `name` is what was written for shards.
+    `path` is absent for registered names, and `name` is what was written for shards, on a disk or at addresses.
     """
 
     kind: str
@@ -61,14 +72,23 @@ class Location:
 
 def open_sources(items: Sequence[str | SourceConfig], data: DataConfig, extra: tuple[str, ...] = ()) -> Source:
     """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
+    return as_one([open_source(item, data, extra=extra) for item in items], extra)
+
+
+def as_one(sources: Sequence[Source], extra: tuple[str, ...]) -> Source:
+    """Return several sources as one, with the columns `extra`, of one width in all of them."""
     from accel_clip.data.sources.combine import Concatenated
 
-    sources = [open_source(item, data, extra=extra) for item in items]
     if extra:
         from accel_clip.data.sources.numbers import require_columns
 
         require_columns(sources, extra)
     return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def open_item(item: str | SourceConfig, data: DataConfig, extra: tuple[str, ...] = ()) -> Source | Stream:
+    """Return what an item of `data.train` stands for, which may be a stream; raises as `open_source` does."""
+    return open_located(locate(item, setting_of(item, data)), complete(item, data, None, "captions", extra))
 
 
 def open_source(
@@ -77,14 +97,26 @@ def open_source(
     """Return a source of pictures with captions, and with labels where it has them (`label_key`, or the usual names).
 
     extra: columns of numbers that a table must have; other sources may go without (see `numbers.require_columns`).
-    Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there.
+    Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there, and for streams.
     """
-    return open_located(locate(item, setting_of(item, data)), complete(item, data, label_key, "captions", extra))
+    setting = setting_of(item, data)
+    return map_style(open_located(locate(item, setting), complete(item, data, label_key, "captions", extra)), setting)
 
 
 def open_labelled(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
     """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
-    return open_located(locate(item, "eval.zero_shot"), complete(item, data, label_key, "labels"))
+    setting = "eval.zero_shot"
+    return map_style(open_located(locate(item, setting), complete(item, data, label_key, "labels")), setting)
+
+
+def map_style(source: Source | Stream, setting: str) -> Source:
+    """Return a source that knows its pairs; raises `ConfigError` for a stream."""
+    if isinstance(source, Stream):
+        raise ConfigError(
+            f"{setting}: '{source.name}' is a stream, which knows neither its length nor its pairs beforehand: streams "
+            "are for data.train; download this data and name it on the disk"
+        )
+    return source
 
 
 def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
@@ -101,12 +133,20 @@ def complete(
         source=own.source,
         image_key=own.image_key or data.image_key,
         image_root=own.image_root or data.image_root,
-        captions=dict.fromkeys(own.caption_key or data.caption_key or (), 1.0),
+        caption_key=own.caption_key or data.caption_key,
+        captions=weight_by_column(own.caption_key or data.caption_key or ()),
         encoding=data.encoding,
         label_key=label_key,
         needs=needs,
         extra=extra,
     )
+
+
+def weight_by_column(written: Sequence[str] | Mapping[str, float] | str) -> dict[str, float]:
+    """Return columns with their weights; those without any weigh 1."""
+    if isinstance(written, Mapping):
+        return dict(written)
+    return dict.fromkeys([written] if isinstance(written, str) else written, 1.0)
 
 
 def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
@@ -116,6 +156,9 @@ def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
     if name in SOURCES or name in BUILT_IN:
         return Location("registered", name, argument)
     refuse_address(written, setting)
+    if means_addresses(written):
+        find_addresses(written, setting)
+        return Location("remote", written)
     path = Path(written).expanduser()
     if written and means_shards(written):
         find_shards(written, setting)
@@ -137,7 +180,7 @@ def suggestion(name: str, path: Path) -> str:
     return nearest(name, registered) or nearest(path.name, neighbours) or ";"
 
 
-def open_located(location: Location, options: SourceOptions) -> Source:
+def open_located(location: Location, options: SourceOptions) -> Source | Stream:
     """Return the source at a location."""
     match location.kind:
         case "registered":
@@ -152,6 +195,10 @@ def open_located(location: Location, options: SourceOptions) -> Source:
             from accel_clip.data.sources.shards import open_shards
 
             return open_shards(location.name, options)
+        case "remote":
+            from accel_clip.data.sources.remote_shards import open_remote_shards
+
+            return open_remote_shards(location.name, options)
         case "folder":
             from accel_clip.data.sources.folder import open_folder
 

@@ -1,6 +1,7 @@
-"""From what a user writes for tar shards to their paths; nothing heavy is imported.
+"""From what a user writes for tar shards to their paths or addresses; nothing heavy is imported.
 
-`shards/{0000..0041}.tar`, `{a,b}.tar`, `shards/*.tar`, one `x.tar`, or a folder that holds shards alone.
+`shards/{0000..0041}.tar`, `{a,b}.tar`, `shards/*.tar`, one `x.tar`, a folder that holds shards alone, or
+`https://host/{0000..0041}.tar`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 from accel_clip.faults import ConfigError, DataError
 
@@ -19,6 +21,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SHELL = re.compile(r"\s*(pipe:|\|)|.*(\|\s*$|`|\$\()", re.IGNORECASE | re.DOTALL)
 NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 LETTERS = re.compile(r"([a-zA-Z])\.\.([a-zA-Z])")
+GLOB = re.compile(r"[*\[]")
 COMPANIONS = frozenset({SUFFIX, ".accel-clip-index", ".json", ".parquet", ".idx"})
 """Endings of files in a folder of shards: the shards, their indexes, and what programs that write shards add."""
 
@@ -27,17 +30,61 @@ MOST_NAMES_SHOWN = 100
 
 
 def refuse_address(written: str, setting: str) -> None:
-    """Raise `ConfigError` for a command or an address where a file is needed."""
+    """Raise `ConfigError` for a command or an address where a file, or tar shards at addresses, are needed."""
     if SHELL.match(written) and not Path(written).exists():
         raise ConfigError(
             f"{setting}: '{written}' would start a command, and data never does: download the shards and write their "
             "path, such as shards/{0000..0041}.tar"
         )
-    if ADDRESS.match(written):
+    if ADDRESS.match(written) and not means_addresses(written):
         raise ConfigError(
-            f"{setting}: '{written}' is an address, and streams from one are not supported yet: download the data and "
-            "write its path, such as shards/{0000..0041}.tar, or hf:org/name for a dataset of the Hugging Face Hub"
+            f"{setting}: '{written}' is an address, and only tar shards are read from one, by http or https, such as "
+            "https://host/{0000..0041}.tar: download the data and write its path, or hf:org/name for a dataset of the "
+            "Hugging Face Hub"
         )
+
+
+def means_addresses(written: str) -> bool:
+    """Return whether words stand for tar shards at http(s) addresses."""
+    if not ADDRESS.match(written):
+        return False
+    try:
+        first = urlsplit(next(expand_braces(written)))
+    except ValueError:
+        return False
+    is_shard_name = first.path.lower().endswith(SUFFIX) or first.query.lower().endswith(SUFFIX)
+    return first.scheme.lower() in ("http", "https") and (is_shard_name or COMPRESSED.search(first.path) is not None)
+
+
+def find_addresses(written: str, setting: str = "data.train") -> list[str]:
+    """Return the addresses of shards in the order they are written; raises `ConfigError` for what is none."""
+    addresses = expanded(written, setting)
+    for address in addresses:
+        parts = split_address(address, setting)
+        if GLOB.search(parts.path) or (parts.query and "=" not in parts.query):
+            raise ConfigError(
+                f"{setting}: '{written}' has a *, ? or [, and no server says which files fit: write the numbers of the "
+                "shards in braces, such as {0000..0041}.tar"
+            )
+        if COMPRESSED.search(parts.path):
+            raise ConfigError(
+                f"{setting}: '{address}' is compressed, and so are no shards read: unpack it to a plain .tar (gunzip, "
+                "bunzip2, unxz or zstd -d)"
+            )
+    return addresses
+
+
+def split_address(address: str, setting: str) -> SplitResult:
+    """Return the parts of an address; raises `ConfigError` for one without a host, or with a port that is none."""
+    try:
+        parts = urlsplit(address)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("it names no host")
+    except ValueError as error:
+        raise ConfigError(
+            f"{setting}: '{address}' is no address: {error}: write https://host/folder/0000.tar"
+        ) from error
+    return parts
 
 
 def means_shards(written: str) -> bool:

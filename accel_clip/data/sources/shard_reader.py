@@ -12,6 +12,8 @@ from typing import Any
 from accel_clip.data.bad_samples import UnusableSample
 
 MOST_OPEN_FILES = 64
+# without O_NONBLOCK, opening a pipe that has taken a shard's place would wait forever; to files it means nothing
+FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 WAITS_SECONDS = (0.05, 0.2, 0.8)
 """before the second attempt to read and those after it"""
 
@@ -20,10 +22,20 @@ class OpenFile:
     """A file that is open for reading until nobody refers to it."""
 
     def __init__(self, path: str, num_bytes: int, mtime_ns: int) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor, self.indexed = -1, (num_bytes, mtime_ns)
+        self.descriptor = os.open(path, FLAGS)
+        self.require_unchanged()
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return bytes from a place on; raises `ShardChanged`, also when the file has been written to while open."""
+        content = read_fully(self.descriptor, offset, num_bytes)
+        self.require_unchanged()
+        return content
+
+    def require_unchanged(self) -> None:
+        """Raise `ShardChanged` unless the file has the size and the time of change that were indexed."""
         status = os.fstat(self.descriptor)
-        if (status.st_size, status.st_mtime_ns) != (num_bytes, mtime_ns):
+        if (status.st_size, status.st_mtime_ns) != self.indexed:
             raise ShardChanged
 
     def __del__(self) -> None:
@@ -75,7 +87,7 @@ class ShardReader:
             if wait:
                 time.sleep(wait)
             try:
-                content = read_fully(self.file(shard).descriptor, offset, num_bytes)
+                content = self.file(shard).read(offset, num_bytes)
             except ShardChanged:
                 problem = UnusableSample("truncated_shard", "the shard has changed since this run began", path)
                 break

@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,7 +21,7 @@ import pyarrow
 from pyarrow import types
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.captions import require_size
+from accel_clip.data.captions import require_size, weighted
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.numbers import numbers_of, usual_width
 from accel_clip.data.text_files import open_text
@@ -42,12 +42,13 @@ REMOTE = ("http://", "https://", "s3://", "gs://")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that make pairs."""
+    """The columns that make pairs; weights: how often captions of each are shown, empty for all alike."""
 
     image: str
     captions: tuple[str, ...]
     label: str | None = None
     extra: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return each column once."""
@@ -77,7 +78,8 @@ class TableSource:
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(self.image(index), self.captions(index), self.label(index), self.extra(index))
+        image, (captions, weights) = self.image(index), self.captions(index)
+        return Pair(image, captions, self.label(index), self.extra(index), weights)
 
     def key(self, index: int) -> str:
         """Return a picture's path from `root`, or a hash of its bytes: the same wherever the data lies."""
@@ -94,10 +96,14 @@ class TableSource:
         content, path = self.stored(index)
         return self.file(path) if content is None else bytes(content)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return a row's captions without surrounding white space, empty ones left out; raises `UnusableSample`."""
-        found = (text.strip() for column in self.columns.captions for text in self.texts(column, index))
-        return require_size(tuple(text for text in found if text))
+    def captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Return a row's captions without surrounding white space, empty ones left out, and their weights.
+
+        Raises `UnusableSample`.
+        """
+        texts = {column: self.texts(column, index) for column in self.columns.captions}
+        captions, weights = weighted(texts, self.columns.weights)
+        return require_size(captions), weights
 
     def label(self, index: int) -> str | None:
         """Return a row's label, or None when it has none."""
@@ -181,7 +187,7 @@ def choose_columns(schema: pyarrow.Schema, options: SourceOptions, name: str) ->
     for column in captions:
         require_text("data.caption_key", column, schema, name)
     extra = tuple(known_column("loss.options", key, schema, name) for key in options.extra)
-    return Columns(image, captions, label, extra)
+    return Columns(image, captions, label, extra, options.captions)
 
 
 def known_column(setting: str, key: str, schema: pyarrow.Schema, name: str) -> str:

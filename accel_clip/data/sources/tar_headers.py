@@ -1,4 +1,4 @@
-"""The members of a tar archive from its headers alone, and whether the archive ends as it should.
+"""The members of a tar archive from its headers, front to back, and whether the archive ends as it should.
 
 Nothing is unpacked. Python's `tarfile` ends without a word where an archive was cut between two members, and takes many
 times as long.
@@ -7,8 +7,9 @@ times as long.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 BLOCK_BYTES = 512
 ZEROS = bytes(BLOCK_BYTES)
@@ -57,47 +58,110 @@ class BrokenHeader(Exception):
     """A block that should be a header and is none."""
 
 
+class ForwardFile(Protocol):
+    """A file that is read from front to back."""
+
+    def tell(self) -> int:
+        """Return the place of the next byte."""
+        ...
+
+    def read(self, num_bytes: int) -> bytes:
+        """Return the next bytes, fewer at the end."""
+        ...
+
+    def skip(self, num_bytes: int) -> int:
+        """Pass over the next bytes and return how many they were, fewer at the end."""
+        ...
+
+
+class LocalFile:
+    """A file of `num_bytes` on a disk, of which nothing is read that is passed over."""
+
+    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+        self.file, self.num_bytes, self.tell, self.read = file, num_bytes, file.tell, file.read
+
+    def skip(self, num_bytes: int) -> int:
+        """Pass over the next bytes and return how many they were, fewer at the end."""
+        place = self.tell()
+        return self.file.seek(min(place + num_bytes, max(self.num_bytes, place))) - place
+
+
+class Archive:
+    """A tar archive that is gone through once; then `problem` is what is wrong with its end, or None.
+
+    head: the first block, empty before it is read. The file may begin at any member of an archive, at the first of the
+    headers that describe it.
+    """
+
+    def __init__(self, file: ForwardFile) -> None:
+        self.file = file
+        self.problem: str | None = None
+        self.head = b""
+
+    def members(self) -> Iterator[Member]:
+        """Yield the regular files, at the place of their bytes: as many as are not read are passed over.
+
+        Sparse files are left out. What the file itself raises is passed on.
+        """
+        file, extended = self.file, NOTHING
+        while True:
+            start = file.tell()
+            block = file.read(BLOCK_BYTES)
+            self.head = self.head or block
+            if len(block) < BLOCK_BYTES or block == ZEROS:
+                self.problem = problem_of_end(file, block)
+                return
+            try:
+                header, data = parse_header(block), file.tell()
+                if header.kind in EXTENSIONS:
+                    extended = extend(extended, header, read_extension(file, header))
+                elif header.continues:
+                    pass_over_sparse_map(file)
+                    data = file.tell()
+            except BrokenHeader as problem:
+                self.problem = f"{problem} at byte {start:,}"
+                return
+            size = header.num_bytes
+            if header.kind not in EXTENSIONS:
+                size = header.num_bytes if extended.num_bytes is None else extended.num_bytes
+                name, is_sparse = extended.name or header.name, extended.is_sparse
+                if (
+                    header.kind in REGULAR and not is_sparse and not name.endswith(b"/")
+                ):  # so old archives wrote folders
+                    yield Member(name, data, size)
+                size = 0 if header.kind in WITHOUT_DATA else size
+                extended = NOTHING
+            if not pass_to(file, data + size):
+                self.problem = f"it ends inside of a member, at byte {file.tell():,}"
+                return
+            pass_to(file, padded(data + size))
+
+
 def list_members(file: BinaryIO, num_bytes: int) -> tuple[list[Member], str | None]:
-    """Return an archive's regular files in order, and what is wrong with its end or None; sparse files are left out."""
-    members: list[Member] = []
-    extended, offset = NOTHING, 0
-    while offset < num_bytes:
-        block = read_at(file, offset, BLOCK_BYTES)
-        if len(block) < BLOCK_BYTES:
-            return members, f"it ends inside of a header, at byte {num_bytes:,}"
-        if block == ZEROS:
-            return members, problem_of_end(file, offset)
-        data = offset + BLOCK_BYTES
-        try:
-            header = parse_header(block)
-            if header.kind in EXTENSIONS:
-                extended = extend(extended, header, read_extension(file, data, header))
-            data = end_of_sparse_map(file, data) if header.continues else data
-        except BrokenHeader as problem:
-            return members, f"{problem} at byte {offset:,}"
-        size = header.num_bytes
-        if header.kind not in EXTENSIONS:
-            size = header.num_bytes if extended.num_bytes is None else extended.num_bytes
-            name, is_sparse = extended.name or header.name, extended.is_sparse
-            if header.kind in REGULAR and not is_sparse and not name.endswith(b"/"):  # so old archives wrote folders
-                members.append(Member(name, data, size))
-            size = 0 if header.kind in WITHOUT_DATA else size
-            extended = NOTHING
-        if data + size > num_bytes:
-            return members, f"it ends inside of a member, at byte {num_bytes:,}"
-        offset = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
-    return members, "it ends without the end-of-archive marker"
+    """Return the regular files of an archive on a disk in order, and what is wrong with its end or None."""
+    archive = Archive(LocalFile(file, num_bytes))
+    members = list(archive.members())
+    return members, archive.problem
 
 
-def read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
-    """Return bytes of a file, fewer at its end."""
-    file.seek(offset)
-    return file.read(num_bytes)
+def pass_to(file: ForwardFile, place: int) -> bool:
+    """Pass over what lies before a place; return whether the file goes so far."""
+    num_bytes = place - file.tell()
+    return file.skip(num_bytes) == num_bytes
 
 
-def problem_of_end(file: BinaryIO, offset: int) -> str | None:
-    """Return what is wrong with an end-of-archive marker, which is two blocks of zeros."""
-    if read_at(file, offset + BLOCK_BYTES, BLOCK_BYTES) == ZEROS:
+def padded(place: int) -> int:
+    """Return where the block ends that ends at a place or behind it."""
+    return -(-place // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def problem_of_end(file: ForwardFile, block: bytes) -> str | None:
+    """Return what is wrong with the end of an archive; `block` is what stands there in place of a header."""
+    if not block:
+        return "it ends without the end-of-archive marker"
+    if len(block) < BLOCK_BYTES:
+        return f"it ends inside of a header, at byte {file.tell():,}"
+    if file.read(BLOCK_BYTES) == ZEROS:
         return None
     return "it ends with one block of zeros where two are the end-of-archive marker"
 
@@ -136,11 +200,11 @@ def before_null(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
 
 
-def read_extension(file: BinaryIO, offset: int, header: Header) -> bytes:
+def read_extension(file: ForwardFile, header: Header) -> bytes:
     """Return the bytes of an extended header; raises `BrokenHeader` for one that is too long to be true."""
     if header.num_bytes > LONGEST_EXTENSION_BYTES:
         raise BrokenHeader(f"there is an extended header of {header.num_bytes:,} bytes")
-    return read_at(file, offset, header.num_bytes)
+    return file.read(header.num_bytes)
 
 
 def extend(extended: Extended, header: Header, content: bytes) -> Extended:
@@ -171,12 +235,11 @@ def pax_records(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def end_of_sparse_map(file: BinaryIO, offset: int) -> int:
-    """Return where the data of an old GNU sparse file begins, behind the blocks that map its holes."""
-    while True:
-        block = read_at(file, offset, BLOCK_BYTES)
+def pass_over_sparse_map(file: ForwardFile) -> None:
+    """Pass over the blocks that map the holes of an old GNU sparse file; raises `BrokenHeader`."""
+    more = True
+    while more:
+        block = file.read(BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
             raise BrokenHeader("there is a broken sparse file")
-        offset += BLOCK_BYTES
-        if block[504] == 0:
-            return offset
+        more = block[504] != 0

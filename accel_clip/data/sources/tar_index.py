@@ -106,15 +106,23 @@ def group(members: Sequence[Member], num_bytes: int, mtime_ns: int, problem: str
     extensions: dict[str, int] = {}
     rows = []
     for member in members:
-        match = KEY_AND_EXTENSION.fullmatch(member.name)
-        if match is None or META.match(member.name):
+        names = key_and_extension(member.name)
+        if names is None:
             continue
-        extension = match[2].decode(errors="backslashreplace").lower()
-        sample = samples.setdefault(match[1], len(samples))
+        key, extension = names
+        sample = samples.setdefault(key, len(samples))
         rows.append((sample, extensions.setdefault(extension, len(extensions)), member.offset, member.num_bytes))
     key_ends = numpy.cumsum([len(key) for key in samples], dtype=KEY_END)
     table = numpy.array(rows, MEMBER)
     return TarIndex(num_bytes, mtime_ns, table, key_ends, b"".join(samples), tuple(extensions), problem)
+
+
+def key_and_extension(name: bytes) -> tuple[bytes, str] | None:
+    """Return the key of a member's sample and the extension in lower case, None for what belongs to no sample."""
+    match = KEY_AND_EXTENSION.fullmatch(name)
+    if match is None or META.match(name):
+        return None
+    return match[1], match[2].decode(errors="backslashreplace").lower()
 
 
 def load_index(path: Path) -> TarIndex | None:

@@ -1,0 +1,254 @@
+"""Where the contrastive batches of a run come from: sources in one order, streams in lanes, or both in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import astuple, dataclass, field, replace
+from math import ceil
+from typing import Any, Protocol
+
+from accelerate.utils import gather_object
+
+from accel_clip.config import Config, DataConfig, TrainConfig
+from accel_clip.data.batch import Batch, joined
+from accel_clip.data.examples import Preparation
+from accel_clip.data.lanes import Mark, choose_num_lanes
+from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
+from accel_clip.data.mixture import (
+    describe_batch,
+    listed,
+    order_of,
+    pairs_in_batch,
+    quotas,
+    require_a_pair_of_each,
+)
+from accel_clip.data.order import BatchOrder, check_divisible
+from accel_clip.data.pairs import Opened
+from accel_clip.data.sources.base import Source, Stream
+from accel_clip.data.sources.combine import count_by_part
+from accel_clip.data.stream_loader import Lanes, StreamParts, iterate_stream
+from accel_clip.faults import ConfigError
+from accel_clip.randomness import derive_seed
+
+Batches = Generator[Batch, None, None]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Who asks for batches: one process of several, with its loader workers."""
+
+    process: int
+    num_processes: int
+    num_workers: int
+    pin_memory: bool
+
+
+class Part(Protocol):
+    """What fills a fixed part of every contrastive batch; it says which pairs are whose in `Batch.num_pairs`."""
+
+    @property
+    def pairs_in_batch(self) -> Mapping[str, float]:
+        """Return how many pairs of a batch come from each source, by its name, on average where it varies."""
+        ...
+
+    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+        """Return one process's part of the batches that are named; a stream gives those that follow."""
+        ...
+
+
+@dataclass(frozen=True)
+class FetchedPart:
+    """Pairs that are fetched by their number, in an order."""
+
+    source: Source
+    order: BatchOrder
+
+    @property
+    def pairs_in_batch(self) -> Mapping[str, float]:
+        """Return how many pairs of a batch come from each source."""
+        return pairs_in_batch(self.source, self.order) or {self.source.name: self.order.batch_size}
+
+    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+        """Yield one process's part of the batches that are named."""
+        places = BatchPlaces(self.order, batches, seat.process, seat.num_processes)
+        pairs = TrainingPairs(self.source, self.order, preparation)
+        with closing(iterate(pairs, places, data, seat.num_workers, seat.pin_memory)) as loaded:
+            for batch in loaded:
+                counts = count_by_part(self.source, batch.sample.numpy()) or {self.source.name: len(batch)}
+                yield replace(batch, num_pairs=counts)
+
+
+@dataclass
+class StreamPart:
+    """Pairs of a stream, and where the lanes stand that this process reads; `window` is that of a lane."""
+
+    stream: Stream
+    num_pairs: int
+    num_lanes: int
+    window: int
+    seed: int
+    marks: dict[int, Mark] = field(default_factory=dict)
+
+    @property
+    def pairs_in_batch(self) -> Mapping[str, float]:
+        """Return how many pairs of a batch come from the stream."""
+        return {self.stream.name: self.num_pairs}
+
+    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+        """Yield one process's part of the batches that follow, where it stands in the stream in their marks.
+
+        Raises `ConfigError` when the lanes cannot be divided among the processes.
+        """
+        if self.num_lanes % seat.num_processes:
+            fitting = [str(number) for number in range(1, self.num_lanes + 1) if self.num_lanes % number == 0]
+            raise ConfigError(
+                f"data.train: the run reads {self.stream.name} in {self.num_lanes} lanes, which {seat.num_processes} "
+                f"processes cannot divide: go on with {', '.join(fitting)}"
+            )
+        own = self.num_lanes // seat.num_processes
+        numbers = range(seat.process * own, (seat.process + 1) * own)
+        self.marks = {number: mark for number, mark in self.marks.items() if number in numbers}
+        lanes = Lanes(self.stream, numbers, self.num_lanes, self.window, self.seed, dict(self.marks))
+        parts = StreamParts(lanes, self.num_pairs // self.num_lanes, preparation)
+        with closing(iterate_stream(parts, data, seat.num_workers, seat.pin_memory)) as loaded:
+            for batch in loaded:
+                self.marks.update({mark.lane: mark for mark in batch.marks})
+                yield replace(batch, num_pairs={self.stream.name: len(batch)})
+
+    def epochs(self) -> float:
+        """Return how often the lanes of this process were read, on average."""
+        passes = [mark.epoch + mark.share for mark in self.marks.values()]
+        return sum(passes) / len(passes) if passes else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how the stream is read and where all lanes stand, as plain JSON; collective."""
+        marks = gather_object([astuple(mark) for mark in self.marks.values()])
+        return {"num_shards": self.stream.num_shards, "num_lanes": self.num_lanes, "marks": sorted(marks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; raises `ConfigError` when the stream is another."""
+        if state["num_shards"] != self.stream.num_shards:
+            raise ConfigError(
+                f"data.train: the run began with {state['num_shards']} shards of {self.stream.name} and now there are "
+                f"{self.stream.num_shards}: bring them back, or name another output_dir"
+            )
+        self.window = ceil(self.window * self.num_lanes / state["num_lanes"])
+        self.num_lanes = state["num_lanes"]
+        self.marks = {mark.lane: mark for mark in (Mark(*each) for each in state["marks"])}
+
+
+class Feed:
+    """The contrastive batches of a run: each is filled by all parts together."""
+
+    def __init__(self, parts: Sequence[Part], data: DataConfig) -> None:
+        self.parts, self.data = list(parts), data
+        self.streams = [part for part in parts if isinstance(part, StreamPart)]
+        self.fetched = next((part for part in parts if isinstance(part, FetchedPart)), None)
+
+    @property
+    def source(self) -> Source | None:
+        """Return the pairs when all can be fetched by their number, None where there are streams."""
+        return None if self.streams or self.fetched is None else self.fetched.source
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Return the number of contrastive batches in an epoch, None where there are streams."""
+        return None if self.streams or self.fetched is None else self.fetched.order.batches_per_epoch
+
+    @property
+    def pairs_in_batch(self) -> dict[str, float]:
+        """Return how many pairs of a batch come from each source, on average where it varies."""
+        return {name: number for part in self.parts for name, number in part.pairs_in_batch.items()}
+
+    def describe(self) -> str | None:
+        """Return what a batch holds of each of several sources as a sentence, None for one source."""
+        if not self.streams and self.fetched is not None:
+            return describe_batch(self.fetched.source, self.fetched.order)
+        held = self.pairs_in_batch
+        return f"a batch holds {listed(held)}" if len(held) > 1 else None
+
+    def num_steps(self, train: TrainConfig) -> int:
+        """Return the optimizer steps of a run; raises `ConfigError` where they are not known."""
+        if train.steps is not None:
+            return train.steps
+        if self.batches_per_epoch is None:
+            raise ConfigError(
+                f"train.steps: null, and {self.streams[0].stream.name} is a stream, whose epochs have no known length: "
+                "say how many optimizer steps the run takes"
+            )
+        return max(1, train.epochs * self.batches_per_epoch // train.accumulate)
+
+    def epochs(self, num_batches: int) -> float:
+        """Return how many epochs so many batches are; of streams, how often their shards were read on average."""
+        if self.batches_per_epoch is not None:
+            return num_batches / self.batches_per_epoch
+        passes = [part.epochs() for part in self.streams]
+        return sum(passes) / len(passes)
+
+    def open(self, batches: range, seat: Seat, preparation: Preparation) -> Batches:
+        """Yield one process's part of the batches that are named; closed, it ends the loader workers."""
+        whole = sum(self.pairs_in_batch.values())
+        with ExitStack() as opened:
+            loaded = []
+            for part in self.parts:
+                share = sum(part.pairs_in_batch.values()) / whole
+                own_seat = replace(seat, num_workers=ceil(seat.num_workers * share))
+                loaded.append(opened.enter_context(closing(part.open(batches, own_seat, preparation, self.data))))
+            for _ in batches:
+                yield joined([next(each) for each in loaded])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells whether the data is the same, and where streams stand, as plain JSON; collective."""
+        num_samples = 0 if self.fetched is None else self.fetched.order.num_samples
+        return {"num_samples": num_samples, "streams": [part.state_dict() for part in self.streams]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; raises `ConfigError` when the data is another."""
+        num_samples = 0 if self.fetched is None else self.fetched.order.num_samples
+        if state["num_samples"] != num_samples:
+            raise ConfigError(
+                f"data.train: the run began with {state['num_samples']} samples and now there are "
+                f"{num_samples}: bring the data back, or name another output_dir"
+            )
+        for part, saved in zip(self.streams, state["streams"], strict=True):
+            part.load_state_dict(saved)
+
+
+def build_feed(opened: Opened, config: Config, num_processes: int) -> Feed:
+    """Return the contrastive batches of a run from its start; raises `ConfigError` where one cannot be filled."""
+    batch_size, seed, replacement = config.train.batch_size, config.seed, config.data.replacement
+    check_divisible(batch_size, num_processes)
+    if not opened.streams:
+        assert opened.source is not None
+        order = order_of(opened.source, opened.weights, batch_size, seed, replacement)
+        return Feed([FetchedPart(opened.source, order)], config.data)
+    require_no_cache(opened.streams[0][0], config)
+    of_source, *of_streams = shares(opened, batch_size, num_processes)
+    parts: list[Part] = []
+    if opened.source is not None:
+        order = order_of(opened.source, opened.weights, of_source, seed, replacement)
+        parts.append(FetchedPart(opened.source, order))
+    for number, ((stream, _), num_pairs) in enumerate(zip(opened.streams, of_streams, strict=True)):
+        num_lanes = choose_num_lanes(stream, num_pairs, num_processes)
+        window = ceil(config.data.shuffle_buffer / num_lanes)
+        parts.append(StreamPart(stream, num_pairs, num_lanes, window, derive_seed(seed, "stream", number)))
+    return Feed(parts, config.data)
+
+
+def require_no_cache(stream: Stream, config: Config) -> None:
+    """Raise `ConfigError` where something is to be kept of every pair, which nobody knows of a stream."""
+    kept = {"train.cache_features": config.cached_tower, "data.image_cache_gib": config.data.image_cache_gib}
+    for key, value in kept.items():
+        if value:
+            raise ConfigError(f"{key}: {stream.name} is a stream, whose pairs are not known beforehand: leave it away")
+
+
+def shares(opened: Opened, batch_size: int, num_processes: int) -> list[int]:
+    """Return how many pairs of a batch come from the sources together, and from each stream, by their weights."""
+    of_source = [] if opened.source is None else [opened.source_weight]
+    names = [*([] if opened.source is None else [opened.source.name]), *(stream.name for stream, _ in opened.streams)]
+    weights = [*of_source, *(weight for _, weight in opened.streams)]
+    held = quotas(weights, batch_size, num_processes)
+    require_a_pair_of_each(names, weights, held)
+    return held if of_source else [0, *held]

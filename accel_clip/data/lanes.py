@@ -1,0 +1,168 @@
+"""The order of a stream: its shards dealt out to lanes, each of which is read, shuffled and taken up again alone.
+
+1. Lane l of L has the shards l, l + L, l + 2L … for good, in every epoch in another order drawn from (seed, epoch, l).
+   No two lanes ever hold the same pair.
+2. A lane is read in windows of so many pairs. A window is shuffled as a whole, by a seed of its own, and the following
+   one is read while it is given out; none reaches over the end of an epoch.
+3. So a lane's state is a few numbers: where its window begins and how many pairs of it were given. Taking it up again
+   reads that window once more and goes on with the very next pair.
+
+A contrastive batch holds as many pairs of each lane, so that the order depends neither on the number of processes nor
+on that of loader workers: each has some of the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from accel_clip.data.bad_samples import MISSING, UnusableSample
+from accel_clip.data.sources.base import Stream, Streamed
+from accel_clip.faults import ConfigError, DataError
+from accel_clip.randomness import derive_seed
+
+MOST_LANES = 16
+MOST_LOST_SHARDS = 3
+"""in a row, after which a lane stops the run: it can be taken up when the network is back"""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a lane stands.
+
+    epoch, shard, start: where its window begins: the pass over its shards, which of that pass's, and the place in it;
+    taken: how many pairs of the window were given; share: how much of the pass lies before the window, in [0, 1).
+    """
+
+    lane: int
+    epoch: int = 0
+    shard: int = 0
+    start: int = 0
+    taken: int = 0
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a lane gives: an item, the shard it comes from, its epoch, and where the lane stands after it."""
+
+    item: Streamed
+    shard: int
+    mark: Mark
+
+
+@dataclass(frozen=True)
+class Read:
+    """An item, its shard, and which of the epoch's shards that is."""
+
+    item: Streamed
+    shard: int
+    place: int
+
+
+class Lane:
+    """One lane of a stream, which never ends."""
+
+    def __init__(self, stream: Stream, number: int, num_lanes: int, window: int, seed: int) -> None:
+        self.stream, self.number, self.window, self.seed = stream, number, window, seed
+        self.shards = range(number, stream.num_shards, num_lanes)
+
+    def give(self, mark: Mark) -> Iterator[Given]:
+        """Yield what follows a mark, epoch after epoch.
+
+        Raises `DataError` when an epoch has nothing to give, or several shards in a row cannot be read.
+        """
+        while True:
+            yield from self.give_epoch(mark)
+            mark = Mark(self.number, mark.epoch + 1)
+
+    def give_epoch(self, mark: Mark) -> Iterator[Given]:
+        """Yield the rest of an epoch."""
+        items = self.read_epoch(mark)
+        window = list(read_at_most(items, self.window))
+        if not window and (mark.shard, mark.start) == (0, 0):
+            raise DataError(f"{self.stream.name}: nothing can be read from the shards {shown(self.shards)}")
+        while window:
+            following: list[Read] = []
+            for taken, number in enumerate(self.shuffled(len(window), mark)):
+                if taken < mark.taken:
+                    continue
+                read = window[number]
+                yield Given(read.item, read.shard, replace(mark, taken=taken + 1))
+                following.extend(read_at_most(items, 1))
+            following.extend(read_at_most(items, self.window - len(following)))
+            last = window[-1]
+            mark = Mark(self.number, mark.epoch, last.place, last.item.end, share=last.place / len(self.shards))
+            window = following
+
+    def read_epoch(self, mark: Mark) -> Iterator[Read]:
+        """Yield an epoch's items in the order of its shards, from where a window begins."""
+        order = self.order(mark.epoch)
+        num_lost = 0
+        for place in range(mark.shard, len(order)):
+            item = None
+            num_usable = 0
+            for item in self.stream.read(order[place], mark.start if place == mark.shard else 0):
+                num_usable += not isinstance(item.pair, UnusableSample)
+                yield Read(item, order[place], place)
+            num_lost = 0 if num_usable or not is_lost(item) else num_lost + 1
+            if num_lost == min(MOST_LOST_SHARDS, len(order)):
+                raise lost_too_many(self.stream, num_lost, item)
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the lane's shards in an epoch's order."""
+        shards = list(self.shards)
+        Random(derive_seed(self.seed, "shards", epoch, self.number)).shuffle(shards)
+        return shards
+
+    def shuffled(self, length: int, mark: Mark) -> list[int]:
+        """Return the order in which a window is given out."""
+        order = list(range(length))
+        Random(derive_seed(self.seed, "window", mark.epoch, self.number, mark.shard, mark.start)).shuffle(order)
+        return order
+
+
+def read_at_most(items: Iterator[Read], number: int) -> Iterator[Read]:
+    """Yield up to so many of the next items."""
+    for _ in range(number):
+        item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+def is_lost(last: Streamed | None) -> bool:
+    """Return whether a shard ended since it could not be fetched."""
+    return last is not None and isinstance(last.pair, UnusableSample) and last.pair.reason == MISSING
+
+
+def lost_too_many(stream: Stream, number: int, last: Streamed | None) -> DataError:
+    """Return the error for shards in a row that cannot be read."""
+    assert last is not None and isinstance(last.pair, UnusableSample)
+    return DataError(
+        f"{stream.name}: {number} shards in a row cannot be read, the last is {last.pair.path}: {last.pair.detail}; "
+        "the same command goes on from the last checkpoint when they can"
+    )
+
+
+def shown(shards: Sequence[int]) -> str:
+    """Return the numbers of shards for a message."""
+    return ", ".join(map(str, shards[:10])) + (", …" if len(shards) > 10 else "")
+
+
+def choose_num_lanes(stream: Stream, num_pairs: int, num_processes: int) -> int:
+    """Return into how many lanes a stream is dealt: as many as divide its pairs of a batch and each have a shard.
+
+    They are a multiple of the processes, and the same for every number of these where that can be. Raises
+    `ConfigError` for fewer shards than processes.
+    """
+    most = min(MOST_LANES, stream.num_shards)
+    if stream.num_shards < num_processes:
+        raise ConfigError(
+            f"data.train: {stream.name} has {stream.num_shards} shards, and {num_processes} processes read different "
+            f"ones: write it as {num_processes} shards or more, or start at most {stream.num_shards} processes"
+        )
+    assert num_pairs % num_processes == 0, "parts of a batch are even"
+    fitting = [lanes for lanes in range(1, max(most, num_processes) + 1) if num_pairs % lanes == 0]
+    return max(lanes for lanes in fitting if lanes % num_processes == 0)

@@ -1,0 +1,181 @@
+"""The decoded pictures of all training data, decoded once before the first step where they fit the room given to them.
+
+1. Find the different pictures, by hash, and whether exactly these are on disk already, decoded in the same way.
+2. If not, decode a few in the first process, to see whether all will fit.
+3. The workers of the first process decode all and it writes them (`picture_cache.py`); the others wait. Workers are as
+   many as all processes of its machine have, since theirs have nothing to do yet.
+4. All processes map the finished file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import __version__ as pillow_version
+from torch import Tensor
+
+from accel_clip.checkpoint.storage import available_bytes
+from accel_clip.config import Config
+from accel_clip.console import say
+from accel_clip.data.augmentation import TRAINING_CROP_RATIO, TRAINING_CROP_SCALE
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.cache_folder import Fingerprint, remove
+from accel_clip.data.examples import preparation_for
+from accel_clip.data.once import (
+    DifferentPictures,
+    LoadedChunk,
+    fingerprint_of,
+    load,
+    must_build,
+    say_unusable,
+    usable_or_raise,
+)
+from accel_clip.data.picture_cache import PictureCache, PictureWriter
+from accel_clip.data.sources.base import Source
+from accel_clip.faults import StorageError
+from accel_clip.models.build import ClipModel
+from accel_clip.processes import num_local_processes
+
+GIB = 2**30
+NUM_TO_ESTIMATE = 64
+PICTURES_AT_ONCE = 16  # what a worker hands over in one piece: a few MB of shared memory
+
+
+def open_pictures(
+    accelerator: Accelerator,
+    source: Source,
+    model: ClipModel,
+    config: Config,
+    folder: Path,
+    num_workers: int,
+    beat: Callable[[str], object] = lambda done: None,
+) -> PictureCache | None:
+    """Return the decoded pictures of a source, from disk or decoded now, None where they do not fit; collective.
+
+    beat: called by all processes while pictures are decoded. Raises `StorageError` where they cannot be written, or
+    read by every process.
+    """
+    pictures = DifferentPictures(source, preparation_for(model, config).decoded)
+    fingerprint = {**decoding_of(model, config), **fingerprint_of(source, pictures)}
+    if must_build(accelerator, PictureCache, folder, fingerprint, "decoded pictures"):
+        building = build(
+            pictures, folder, fingerprint, config.data.image_cache_gib, num_workers * num_local_processes()
+        )
+        if not wait_for(accelerator, building, beat):
+            return None
+    try:
+        return PictureCache(folder)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{folder}: {error}: every machine of the run must see output_dir, or set data.image_cache_gib to 0"
+        ) from error
+
+
+def decoding_of(model: ClipModel, config: Config) -> Fingerprint:
+    """Return what the pixels of a picture depend on beside its file."""
+    return {
+        "augmentation": config.data.augmentation,
+        "preprocessing": json.dumps(model.preprocess_config, sort_keys=True, default=str),
+        "crop": json.dumps([TRAINING_CROP_SCALE, TRAINING_CROP_RATIO]),
+        "max_pixels": config.data.max_pixels,
+        "pillow": pillow_version,
+    }
+
+
+def wait_for(accelerator: Accelerator, building: Iterator[bool | None], beat: Callable[[str], object]) -> bool:
+    """Let the first process build, and return in all whether it did; they meet after every piece, so none gives up."""
+    is_built = None
+    while is_built is None:
+        [is_built] = broadcast_object_list([next(building) if accelerator.is_main_process else None])
+        beat("decoding pictures")
+    return is_built
+
+
+def build(
+    pictures: DifferentPictures, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
+) -> Iterator[bool | None]:
+    """Decode all pictures and write them, if there is room: yield None after every piece, and at last whether they are.
+
+    Raises `StorageError` where the disk has less room than they need.
+    """
+    remove(folder)  # an old one would take room too
+    expected = expected_bytes(pictures)
+    if expected > room_gib * GIB:
+        say(f"the decoded pictures would take about {in_gib(expected)}, more than {too_small(room_gib)}")
+        yield False
+        return
+    require_space(folder, expected)
+    yield from decode_all(pictures, folder, fingerprint, room_gib, num_workers)
+
+
+def decode_all(
+    pictures: DifferentPictures, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
+) -> Iterator[bool | None]:
+    """Decode all pictures and write them until they take too much room; yields what `build` does."""
+    starts = range(0, len(pictures), PICTURES_AT_ONCE)
+    chunks = [range(start, min(start + PICTURES_AT_ONCE, len(pictures))) for start in starts]
+    problems: dict[int, UnusableSample] = {}
+    with PictureWriter(folder) as writer:
+        for chunk, loaded in zip(chunks, load(pictures, chunks, num_workers, flattened), strict=True):
+            writer.append(*in_places(loaded, len(chunk)))
+            problems |= {int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()}
+            if writer.num_bytes > room_gib * GIB:
+                break
+            yield None
+        else:
+            writer.finish(pictures.keys, fingerprint, problems, places=writer.array_of_places())
+    if writer.num_bytes > room_gib * GIB:
+        say(f"the decoded pictures take more than {too_small(room_gib)}")
+        yield False
+        return
+    say(f"pictures: {len(pictures) - len(problems):,} decoded once, {in_gib(writer.num_bytes)} in {folder}")
+    say_unusable(len(problems), len(pictures))
+    yield True
+
+
+def in_places(loaded: LoadedChunk, num_pictures: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Return the values of a chunk's pictures, and the shape of each, zeros for an unusable one."""
+    values, shapes = loaded.inputs or (torch.empty(0, dtype=torch.uint8), [])
+    by_row = dict(zip(loaded.usable, shapes, strict=True))
+    return values, [by_row.get(row, (0, 0, 0)) for row in range(num_pictures)]
+
+
+def flattened(pictures: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Return the values of pictures one after the other, which take one piece of shared memory, and their shapes."""
+    return torch.cat([each.reshape(-1) for each in pictures]), [tuple(each.shape) for each in pictures]
+
+
+def expected_bytes(pictures: DifferentPictures) -> int:
+    """Return about how many bytes all pictures take, from a sample that is spread over them."""
+    if not len(pictures):
+        return 0
+    sample = numpy.linspace(0, len(pictures) - 1, min(NUM_TO_ESTIMATE, len(pictures))).astype(int)
+    loaded = [usable_or_raise(pictures[int(item)]) for item in sample]
+    return sum(each.nbytes for each in loaded if isinstance(each, Tensor)) * len(pictures) // len(sample)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise `StorageError` unless so many bytes are free where the pictures will be."""
+    available = available_bytes(folder)
+    if available < needed:
+        raise StorageError(
+            f"disk full: the decoded pictures need about {needed} bytes and {available} are available at {folder}: "
+            "free some space, lower data.image_cache_gib, or choose another output_dir"
+        )
+
+
+def in_gib(num_bytes: float) -> str:
+    """Return a size in words."""
+    gib = num_bytes / GIB
+    return f"{gib:.2f} GiB" if 0.01 <= gib < 10 else f"{gib:.3g} GiB"
+
+
+def too_small(room_gib: float) -> str:
+    """Return the room there is, and what follows from it when it does not do."""
+    return f"data.image_cache_gib = {room_gib:g}: they are decoded in every epoch"

@@ -1,0 +1,257 @@
+"""Pairs in tar shards at addresses, read from front to back while they are trained on.
+
+Members that follow each other with one key make a sample; a key that comes back later begins another. Members that no
+setting and no usual ending asks for are passed over, and one picture at a time is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.captions import LARGEST_CAPTION_BYTES
+from accel_clip.data.decode import looks_like
+from accel_clip.data.sources.base import Pair, Streamed
+from accel_clip.data.sources.remote import Patience, RemoteFile
+from accel_clip.data.sources.shard_names import find_addresses
+from accel_clip.data.sources.shard_texts import (
+    LARGEST_PICTURE_BYTES,
+    RECORD,
+    SampleTexts,
+    TextRule,
+    picture_extensions,
+    picture_too_large,
+    require_texts,
+    text_encodings,
+    text_rules,
+    text_too_large,
+)
+from accel_clip.data.sources.tar_headers import Archive, ForwardFile, Member, padded
+from accel_clip.data.sources.tar_index import COMPRESSED, key_and_extension
+from accel_clip.data.text_files import require_text_encoding
+from accel_clip.faults import DataError
+from accel_clip.redaction import masked
+
+if TYPE_CHECKING:
+    from accel_clip.data.sources.resolve import SourceOptions
+
+END = 1 << 62
+"""the place behind everything in a shard: no member begins there"""
+NUM_SHARDS_TO_TRY = 3
+NUM_SAMPLES_TO_LOOK_AT = 20
+BYTES_TO_LOOK_AT = 1 << 26
+PATIENCE_AT_START = Patience(waits_seconds=(1.0, 2.0))
+
+
+@dataclass
+class Gathered:
+    """What has been read of a sample: bytes, or why there are none.
+
+    rank: of the picture's extension among those of pictures; end: where the last of its members ends.
+    """
+
+    key: str
+    picture: bytes | UnusableSample | None = None
+    rank: int = 0
+    texts: dict[str, bytes | UnusableSample] = field(default_factory=dict)
+    end: int = 0
+
+    def text(self, extension: str) -> bytes | None:
+        """Return the bytes of a text member, None without one; raises `UnusableSample`."""
+        return given(self.texts.get(extension))
+
+
+class RemoteShards:
+    """A stream of the pairs in tar shards at `addresses`.
+
+    pictures: the extensions of pictures, the preferred first; what captions, or labels, need is read beside them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        pictures: tuple[str, ...],
+        captions: TextRule | None,
+        labels: TextRule | None,
+        encodings: tuple[str, ...],
+        patience: Patience | None = None,
+    ) -> None:
+        self.name, self.addresses, self.num_shards = name, list(addresses), len(addresses)
+        self.pictures, self.caption_rule, self.label_rule = pictures, captions, labels
+        self.encodings, self.patience = encodings, patience or Patience()
+        rules = [rule for rule in (captions, labels) if rule]
+        self.text_extensions = {RECORD, *(word for rule in rules for word in rule.named or rule.usual_extensions)}
+
+    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+        """Yield what a shard holds from byte `start` on, 0 or the `end` of what it gave before.
+
+        A shard that cannot be read, or on, ends with an `UnusableSample` that says why.
+        """
+        if start >= END:
+            return
+        address, last = masked(self.addresses[shard]), None
+        with RemoteFile(self.addresses[shard], start, self.patience) as file:
+            archive = Archive(file)
+            try:
+                for gathered in self.samples(archive, address):
+                    if last is not None:
+                        yield last
+                    last = Streamed(gathered.key, self.outcome(gathered), gathered.end)
+                problem = problem_of(archive, address)
+            except UnusableSample as failure:
+                problem = UnusableSample(*failure.args)
+        if last is not None and problem is not None and is_cut(last.pair):
+            last, problem = replace(last, end=END), None  # what is wrong with the shard is said by this sample
+        if last is not None:
+            yield last
+        if problem is not None:
+            yield Streamed(address, problem, END)
+
+    def samples(self, archive: Archive, address: str) -> Iterator[Gathered]:
+        """Yield the samples of an archive that have a picture or a text; raises `UnusableSample` where it breaks."""
+        named = ((key_and_extension(member.name), member) for member in archive.members())
+        wanted = ((*names, member) for names, member in named if names and self.is_wanted(names[1]))
+        for key, members in groupby(wanted, key=itemgetter(0)):
+            gathered = Gathered(f"{address}/{key.decode(errors='backslashreplace')}")
+            for _, extension, member in members:
+                self.take(gathered, extension, member, archive.file)
+            yield gathered
+
+    def is_wanted(self, extension: str) -> bool:
+        """Return whether members with that extension are pictures or texts."""
+        return extension in self.pictures or extension in self.text_extensions
+
+    def take(self, gathered: Gathered, extension: str, member: Member, file: ForwardFile) -> None:
+        """Read a member that is the sample's picture or one of its texts; of two with one name the later counts."""
+        gathered.end = padded(member.offset + member.num_bytes)
+        if extension in self.text_extensions:
+            is_too_large = member.num_bytes > LARGEST_CAPTION_BYTES
+            path = f"{gathered.key}.{extension}"
+            content = text_too_large(member.num_bytes, path) if is_too_large else content_of(member, file, path)
+            gathered.texts[extension] = content
+            return
+        rank = self.pictures.index(extension)
+        if gathered.picture is None or rank <= gathered.rank:
+            gathered.picture, gathered.rank = None, rank  # the one before is let go of first
+            is_too_large = member.num_bytes > LARGEST_PICTURE_BYTES
+            path = gathered.key
+            content = picture_too_large(member.num_bytes, path) if is_too_large else content_of(member, file, path)
+            gathered.picture = content
+
+    def outcome(self, gathered: Gathered) -> Pair | UnusableSample:
+        """Return a sample as a pair, or why it is none."""
+        texts = SampleTexts(gathered.texts, gathered.text, gathered.key, self.encodings)
+        try:
+            captions, weights = texts.captions(self.caption_rule) if self.caption_rule else ((), ())
+            label = texts.label(self.label_rule) if self.label_rule else None
+            picture = given(gathered.picture)
+            if picture is None:
+                raise UnusableSample("missing_file", "the sample has no picture", gathered.key)
+        except UnusableSample as problem:
+            return UnusableSample(*problem.args)  # a new one: what was raised keeps all that was at hand in memory
+        return Pair(picture, captions, label, weights=weights)
+
+
+def content_of(member: Member, file: ForwardFile, path: str) -> bytes | UnusableSample:
+    """Return the bytes of the member that comes next in a file, or the error for a file that ends before they do."""
+    content = file.read(member.num_bytes)
+    if len(content) < member.num_bytes:
+        return UnusableSample("truncated_shard", "the shard ends before the data does", path)
+    return content
+
+
+def given(content: bytes | UnusableSample | None) -> bytes | None:
+    """Return the bytes of a member, None without one; raises `UnusableSample` where they are wrong."""
+    if isinstance(content, UnusableSample):
+        raise content
+    return content
+
+
+def is_cut(outcome: Pair | UnusableSample) -> bool:
+    """Return whether a sample is the one that a shard ends inside of."""
+    return isinstance(outcome, UnusableSample) and outcome.reason == "truncated_shard"
+
+
+def problem_of(archive: Archive, address: str) -> UnusableSample | None:
+    """Return what is wrong with an archive that was gone through."""
+    if archive.problem is None:
+        return None
+    if archive.head.startswith(COMPRESSED):
+        return UnusableSample("unreadable", "the shard is compressed: unpack it to a plain .tar", address)
+    kind = looks_like(archive.head) if archive.head else ""
+    if kind or archive.problem.endswith(" at byte 0"):
+        return UnusableSample("unreadable", f"not a tar archive{kind or f' ({archive.problem})'}", address)
+    return UnusableSample("truncated_shard", archive.problem, address)
+
+
+def open_remote_shards(
+    written: str,
+    options: SourceOptions,
+    patience: Patience | None = None,
+    patience_at_start: Patience = PATIENCE_AT_START,
+) -> RemoteShards:
+    """Return a stream of the pairs in tar shards at addresses, after a look at the beginning of the first one there is.
+
+    Raises `DataError` when none can be read, `ConfigError` for members that are not there.
+    """
+    require_text_encoding(options.encoding)
+    addresses, name = find_addresses(written), masked(written)
+    encodings = text_encodings(options.encoding)
+    present, records = beginning_of(addresses, name, encodings, patience_at_start)
+    captions, labels = text_rules(options)
+    rule = captions or labels
+    assert rule is not None
+    pictures = picture_extensions(present, options.image_key, f"the beginning of {name}")
+    require_texts(f"the beginning of {name}", rule, present, present, records)
+    return RemoteShards(name, addresses, pictures, captions, labels, encodings, patience)
+
+
+def beginning_of(
+    addresses: Sequence[str], name: str, encodings: tuple[str, ...], patience: Patience
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the extensions of the first samples and the objects in their .json members; raises `DataError`."""
+    failures = []
+    for address in addresses[:NUM_SHARDS_TO_TRY]:
+        with RemoteFile(address, patience=patience) as file:
+            archive = Archive(file)
+            try:
+                present, records = look_at(archive, encodings)
+                problem = problem_of(archive, masked(address))
+            except UnusableSample as failure:
+                present, problem = [], failure
+            if present or problem is None:
+                return present, records
+            failures.append(f"{problem.path}: {problem.detail}")
+            if not file.was_answered:
+                break
+    tried = "it was" if len(failures) == 1 else f"its first {len(failures)} shards were"
+    raise DataError(f"{name} cannot be read, {tried} tried: {'; '.join(failures)}")
+
+
+def look_at(archive: Archive, encodings: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the extensions of the first samples of an archive and the objects in their .json members."""
+    keys: set[bytes] = set()
+    present: dict[str, None] = {}
+    records: list[dict[str, Any]] = []
+    for member in archive.members():
+        names = key_and_extension(member.name)
+        if names is None:
+            continue
+        key, extension = names
+        keys.add(key)
+        if len(keys) > NUM_SAMPLES_TO_LOOK_AT:
+            break
+        present[extension] = None
+        if archive.file.tell() + member.num_bytes > BYTES_TO_LOOK_AT:
+            break
+        if extension == RECORD and member.num_bytes <= LARGEST_CAPTION_BYTES:
+            content = archive.file.read(member.num_bytes)
+            with suppress(UnusableSample):
+                records.append(SampleTexts([RECORD], {RECORD: content}.get, "", encodings).record())
+    return list(present), records

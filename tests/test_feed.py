@@ -1,0 +1,136 @@
+"""Sources and streams in one batch: fixed parts, one order, and a state that takes all of them up again."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+from test_stream_loader import Shards, picture, tokens
+
+from accel_clip.config import Config, DataConfig, SourceConfig, TrainConfig
+from accel_clip.data.batch import Batch
+from accel_clip.data.examples import Preparation
+from accel_clip.data.feed import Feed, Seat, build_feed
+from accel_clip.data.pairs import Opened
+from accel_clip.data.sources.base import Pair, Stream
+from accel_clip.data.sources.combine import Concatenated
+from accel_clip.faults import ConfigError
+
+PREPARATION = Preparation(tokens, 16, 1e6, seed=0)
+
+
+class Numbers:
+    """A map-style source of so many pairs, whose captions begin with its own number."""
+
+    def __init__(self, name: str, length: int, first_word: int) -> None:
+        self.name, self.length, self.first_word = name, length, first_word
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(picture(index), (f"{self.first_word} {index}",))
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+
+def feed_of(opened: Opened, batch_size: int = 16, num_processes: int = 1, buffer: int = 12) -> Feed:
+    config = Config(data=DataConfig(shuffle_buffer=buffer), train=TrainConfig(batch_size=batch_size, steps=99))
+    return build_feed(opened, config, num_processes)
+
+
+def mixed(num_processes: int = 1) -> Feed:
+    """Return 8 pairs of two tables, 3 to 1, and 8 of a stream in every batch."""
+    tables = Concatenated([Numbers("photos", 30, 900), Numbers("drawings", 9, 901)])
+    stream: Stream = Shards([9, 7, 11, 8, 6, 5, 7, 12])
+    return feed_of(Opened(tables, [3.0, 1.0], 4.0, [(stream, 4.0)], None), num_processes=num_processes)
+
+
+def batches(
+    feed: Feed, first: int, number: int, process: int = 0, num_processes: int = 1, workers: int = 0
+) -> list[Batch]:
+    loaded = feed.open(range(first, first + 99), Seat(process, num_processes, workers, False), PREPARATION)
+    try:
+        return list(islice(loaded, number))
+    finally:
+        loaded.close()
+
+
+def words(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in batch.tokens.tolist()]
+
+
+def test_every_batch_holds_the_parts_that_the_weights_ask_for() -> None:
+    feed = mixed()
+    assert feed.pairs_in_batch == {"photos": 6, "drawings": 2, "memory": 8}
+    for batch in batches(feed, 0, 9):
+        assert batch.num_pairs == {"photos": 6, "drawings": 2, "memory": 8}
+        firsts = [row[0] for row in words(batch)]
+        assert (firsts.count(900), firsts.count(901), len(firsts)) == (6, 2, 16)
+        assert len(set(words(batch))) == 16
+
+
+def test_processes_and_workers_change_no_batch() -> None:
+    whole = [set(words(batch)) for batch in batches(mixed(), 0, 6)]
+    parts = [batches(mixed(2), 0, 6, process, 2, workers=2) for process in range(2)]
+    assert [set(words(one)) | set(words(other)) for one, other in zip(*parts, strict=True)] == whole
+    assert {len(batch) for part in parts for batch in part} == {8}
+
+
+def test_a_feed_goes_on_from_its_state() -> None:
+    whole = [words(batch) for batch in batches(mixed(), 0, 10)]
+    feed = mixed()
+    batches(feed, 0, 4)
+    state = json.loads(json.dumps(feed.state_dict()))
+    again = mixed()
+    again.load_state_dict(state)
+    assert [words(batch) for batch in batches(again, 4, 6)] == whole[4:]
+    assert again.epochs(10) > feed.epochs(4)
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = mixed().state_dict()
+    other = feed_of(Opened(Numbers("photos", 39, 900), None, 1.0, [(Shards([9] * 9), 1.0)], None))
+    with pytest.raises(ConfigError, match="began with 8 shards of memory and now there are 9"):
+        other.load_state_dict(state)
+    with pytest.raises(ConfigError, match="began with 12 samples and now there are 39"):
+        other.load_state_dict({**state, "num_samples": 12})
+
+
+def test_the_lanes_of_a_run_stay_when_the_processes_are_others() -> None:
+    stream = Shards([9] * 8)
+    opened = Opened(None, None, 0.0, [(stream, 1.0)], None)
+    feed = feed_of(opened, batch_size=24)
+    batches(feed, 0, 3)
+    state = feed.state_dict()
+    whole = [set(words(batch)) for batch in batches(feed, 3, 3)]
+    assert state["streams"][0]["num_lanes"] == 8
+    parts = []
+    for process in range(4):
+        again = feed_of(opened, batch_size=24, num_processes=4)
+        again.load_state_dict(state)
+        parts.append([set(words(batch)) for batch in batches(again, 3, 3, process, 4)])
+    assert [set.union(*each) for each in zip(*parts, strict=True)] == whole
+    third = feed_of(opened, batch_size=24, num_processes=3)
+    third.load_state_dict(state)
+    with pytest.raises(ConfigError, match="in 8 lanes, which 3 processes cannot divide: go on with 1, 2, 4, 8"):
+        batches(third, 3, 1, 0, 3)
+
+
+def test_the_length_of_a_run_on_streams_must_be_said() -> None:
+    feed = mixed()
+    assert feed.num_steps(TrainConfig(steps=7)) == 7 and feed.batches_per_epoch is None and feed.source is None
+    with pytest.raises(ConfigError, match=r"train\.steps: null, and memory is a stream"):
+        feed.num_steps(TrainConfig())
+
+
+def test_a_stream_without_a_pair_in_a_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory has weight 0\.01"):
+        feed_of(Opened(Numbers("photos", 30, 900), None, 4.0, [(Shards([9]), 0.01)], None))
+
+
+def test_weights_of_items_are_those_of_streams_and_sources() -> None:
+    data = DataConfig(train=["demo", SourceConfig("demo:pairs", weight=2.0)])
+    assert data.source_weights == [1.0, 2.0]
