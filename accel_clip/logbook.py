@@ -89,6 +89,8 @@ class Logbook:
 
     def record(self, state: RunState, point: dict[str, float]) -> None:
         """Write a point to every tracker, and see whether it is the best one or the last one needed."""
+        if not point:
+            return
         self.tracking.log(state.step, point)
         verdict = self.stopping.update(point, state.step)
         state.stop_asked |= verdict.should_stop
