@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy
@@ -20,6 +20,13 @@ def derive_seed(*parts: int | str) -> int:
 def fraction_of(*parts: int | str) -> float:
     """Return a number in [0, 1) that depends on every part."""
     return derive_seed(*parts) / 2**63
+
+
+def fractions_of(name: str, keys: Iterable[str]) -> Iterator[float]:
+    """Yield `fraction_of(name, key)` of many keys, in less time."""
+    for key in keys:
+        digest = hashlib.blake2b(f"{name}\x1f{key}".encode(), digest_size=8).digest()
+        yield (int.from_bytes(digest, "big") >> 1) / 2**63
 
 
 @contextmanager

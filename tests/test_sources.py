@@ -27,6 +27,7 @@ from accel_clip.data.sources.combine import Concatenated, Subset, origin, split_
 from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
 from accel_clip.data.text_files import read_text
 from accel_clip.faults import ConfigError, DataError
+from accel_clip.randomness import fraction_of
 
 CHINESE = ["池塘边的青蛙", "一只白色的孔雀", "两个孩子在沙滩上玩耍", "红色的汽车停在房子前面", "企鹅站在冰上"]
 TRADITIONAL = ["青蛙在池塘邊", "一隻白色的孔雀", "兩個孩子在海灘上玩耍", "紅色的汽車停在房子前面", "企鵝站在冰上"]
@@ -810,6 +811,26 @@ def test_held_out_part_is_the_fraction_disjoint_and_whole_pictures(tmp_path):
     assert not kept & taken and len(kept | taken) == 1000
     assert len(training) + len(held_out) == 3000
     assert 60 <= len(taken) <= 140  # 100 expected, standard deviation 9.5
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "bytes"])
+def test_what_is_held_out_follows_from_the_keys_one_by_one(tmp_path, kind):
+    paths = [f"{n % 70}.png" if n % 3 else f"deep\\{n}.png" for n in range(2500)]
+    columns = {"image": paths if kind != "bytes" else [path.encode() for path in paths], "caption": ["a"] * 2500}
+    if kind == "csv":
+        rows = "\n".join(f"{path},a" for path in paths)
+        source = opened(write(tmp_path / "pairs.csv", f"image,caption\n{rows}"))
+    elif kind == "jsonl":
+        rows = "\n".join(json.dumps({"image": path, "caption": "a"}) for path in paths)
+        source = opened(write(tmp_path / "pairs.jsonl", rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+        source = opened(tmp_path / "pairs.parquet")
+    keys = [source.key(index) for index in range(2500)]
+    assert list(source.keys()) == keys
+    training, held_out = split_held_out(source, 0.2)
+    expected = [index for index, key in enumerate(keys) if fraction_of("held out", key) < 0.2]
+    assert held_out.indices.tolist() == expected and len(training) == 2500 - len(expected) > 1500
 
 
 def test_held_out_part_does_not_move_with_the_data_or_when_rows_are_added(tmp_path):

@@ -25,7 +25,7 @@ from accel_clip.data.transforms import Transforms, build_transforms
 from accel_clip.models.build import ClipModel
 from accel_clip.randomness import derive_seed
 
-MOST_KNOWN_CAPTIONS = 100_000  # about 100 MB; tokenizing costs more than decoding a small picture
+MOST_KNOWN_CAPTIONS = 1 << 15  # about 20 MB a worker; tokenizing costs more than decoding a small picture
 NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
@@ -70,7 +70,7 @@ class Preparation:
         self.tokenizer, self.max_pixels, self.seed = tokenizer, max_pixels, seed
         self.pixels, self.features, self.pictures = pixels, features or {}, pictures
         self.transforms = transforms
-        self.known_tokens: dict[str, tuple[Tensor, bool]] = {}
+        self.known_tokens: dict[str, tuple[bytes, bool]] = {}  # a tensor takes three times as much as its numbers
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.size = width, height
 
@@ -108,12 +108,13 @@ class Preparation:
     def tokens_of(self, caption: str) -> tuple[Tensor, bool]:
         """Return a caption's tokens, int [L], and whether it has more; both are remembered as far as there is room."""
         known = self.known_tokens.get(caption)
-        if known is None:
-            tokens = self.tokenizer([caption])[0]
-            known = tokens, is_cut(caption, tokens, self.tokenizer)
-            if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
-                self.known_tokens[caption] = known
-        return known
+        if known is not None:
+            return torch.frombuffer(bytearray(known[0]), dtype=torch.int32).long(), known[1]
+        tokens = self.tokenizer([caption])[0]
+        has_more = is_cut(caption, tokens, self.tokenizer)
+        if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
+            self.known_tokens[caption] = tokens.int().numpy().tobytes(), has_more
+        return tokens, has_more
 
 
 def preparation_for(

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +112,7 @@ def ignore_interrupt(worker: int) -> None:
 def start_worker(worker: int) -> None:
     """Begin a worker process: without interrupts, and without copies of what the training process has in memory.
 
-    The first full garbage collection would write into nearly every page that it shares with that process since the
-    fork, and so copy more than 100 MiB into each worker.
+    Its first full garbage collection would copy more than 100 MiB, see `memory_shared`.
     """
     ignore_interrupt(worker)
     gc.freeze()
@@ -129,6 +129,19 @@ def end_workers() -> None:
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
+
+
+@contextmanager
+def memory_shared() -> Iterator[None]:
+    """Keep garbage collection off what there is before a block, in which workers share it: it would copy their pages.
+
+    A collection writes into every object that it looks at, and a page that is written is no longer shared.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def worker_settings(num_workers: int, num_ahead: int) -> dict[str, Any]:
@@ -153,7 +166,7 @@ def iterate(
     """
     settings = worker_settings(num_workers, config.prefetch)
     loader = DataLoader(pairs, batch_sampler=places, collate_fn=collate, pin_memory=pin_memory, **settings)
-    with recognised():
+    with recognised(), memory_shared():
         for item in loader:
             if isinstance(item, DataError):
                 raise UnusableData(str(item)) from item

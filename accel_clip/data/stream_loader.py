@@ -13,7 +13,7 @@ from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample,
 from accel_clip.data.batch import Batch, joined
 from accel_clip.data.examples import Example, Preparation, batch_of
 from accel_clip.data.lanes import Given, Lane, Mark
-from accel_clip.data.loader import worker_settings
+from accel_clip.data.loader import memory_shared, worker_settings
 from accel_clip.data.sources.base import Stream
 from accel_clip.faults import DataError, recognised
 from accel_clip.randomness import derive_seed
@@ -104,7 +104,7 @@ def iterate_stream(
     workers = most_dividing(num_lanes, num_workers)
     ahead = ceil(config.prefetch * num_lanes / max(1, workers))
     loader = DataLoader(parts, batch_size=None, **worker_settings(workers, ahead))
-    with recognised():
+    with recognised(), memory_shared():
         items = iter(loader)
         while True:
             whole = joined([require_part(next(items)) for _ in range(num_lanes)])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import numpy
 
 from accel_clip.data.sources.base import HasHeldOut, Pair, Source
-from accel_clip.randomness import fraction_of
+from accel_clip.randomness import fractions_of
 
 
 @runtime_checkable
@@ -19,6 +19,15 @@ class HasIdentity(Protocol):
 
     def identity(self, index: int) -> str:
         """Return the key that every source with this picture gives it."""
+        ...
+
+
+@runtime_checkable
+class HasKeys(Protocol):
+    """A source that gives all its keys faster together than one by one."""
+
+    def keys(self) -> Iterator[str]:
+        """Yield the key of every pair."""
         ...
 
 
@@ -112,7 +121,8 @@ def split_held_out(source: Source, fraction: float) -> tuple[Source, Source | No
         return Concatenated(training), Concatenated(present) if present else None
     if isinstance(source, HasHeldOut):
         return source, source.held_out()
-    chosen = numpy.array([fraction_of("held out", source.key(index)) < fraction for index in range(len(source))], bool)
+    keys = source.keys() if isinstance(source, HasKeys) else map(source.key, range(len(source)))
+    chosen = numpy.fromiter((each < fraction for each in fractions_of("held out", keys)), bool, len(source))
     if not chosen.any():
         return source, None
     return Subset(source, numpy.flatnonzero(~chosen)), Subset(source, numpy.flatnonzero(chosen))

@@ -86,6 +86,15 @@ class TableSource:
         content, path = self.stored(index)
         return path_from(self.root, path) if content is None else hash_of(content)
 
+    def keys(self) -> Iterator[str]:
+        """Yield the key of every pair: where pictures are paths, in a fraction of the time that `key` takes."""
+        if self.has_structs or self.has_bytes:
+            yield from map(self.key, range(len(self)))
+            return
+        for batch in self.table.select([self.columns.image]).to_batches(max_chunksize=ROWS_AT_ONCE):
+            for cell in batch.column(0).to_pylist():
+                yield path_from(self.root, path_in(cell))
+
     def identity(self, index: int) -> str:
         """Return the key as all sources share it: a picture's absolute path, or a hash of its bytes."""
         content, path = self.stored(index)
@@ -131,9 +140,7 @@ class TableSource:
         content, path = (cell["bytes"], cell["path"]) if self.has_structs else (cell, cell)
         if (self.has_structs or self.has_bytes) and content.is_valid:
             return memoryview(content.as_buffer()), ""
-        written = texts_in(path.as_py())
-        # Tables written on Windows separate folders by backslashes; elsewhere no picture has one in its name.
-        return None, written[0].replace("\\", "/") if written else ""
+        return None, path_in(path.as_py())
 
     def file(self, path: str) -> Path:
         """Return the file that a path stands for, links resolved; raises `UnusableSample` outside of the limit."""
@@ -240,6 +247,15 @@ def texts_in(value: Any) -> list[str]:
         except UnicodeDecodeError as error:
             raise UnusableSample("caption_encoding", str(error)) from error
     return texts
+
+
+def path_in(cell: Any) -> str:
+    """Return the path that is written in a cell, empty without one.
+
+    Tables written on Windows separate folders by backslashes; elsewhere no picture has one in its name.
+    """
+    written = [cell] if isinstance(cell, str) else texts_in(cell)
+    return written[0].replace("\\", "/") if written else ""
 
 
 def parts_of(value: Any) -> Iterator[Any]:
