@@ -26,7 +26,7 @@ from accel_clip.data.mixture import (
 from accel_clip.data.order import BatchOrder, check_divisible
 from accel_clip.data.pairs import Opened
 from accel_clip.data.sources.base import Source, Stream
-from accel_clip.data.sources.combine import count_by_part
+from accel_clip.data.sources.combine import count_by_part, part_names, told_apart
 from accel_clip.data.stream_loader import Lanes, StreamParts, iterate_stream
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import derive_seed
@@ -48,6 +48,11 @@ class Part(Protocol):
     """What fills a fixed part of every contrastive batch; it says which pairs are whose in `Batch.num_pairs`."""
 
     @property
+    def num_pairs(self) -> int:
+        """Return how many pairs of a batch it fills."""
+        ...
+
+    @property
     def pairs_in_batch(self) -> Mapping[str, float]:
         """Return how many pairs of a batch come from each source, by its name, on average where it varies."""
         ...
@@ -65,9 +70,14 @@ class FetchedPart:
     order: BatchOrder
 
     @property
+    def num_pairs(self) -> int:
+        """Return how many pairs of a batch are fetched."""
+        return self.order.batch_size
+
+    @property
     def pairs_in_batch(self) -> Mapping[str, float]:
         """Return how many pairs of a batch come from each source."""
-        return pairs_in_batch(self.source, self.order) or {self.source.name: self.order.batch_size}
+        return pairs_in_batch(self.source, self.order) or {self.source.name: self.num_pairs}
 
     def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that are named."""
@@ -81,9 +91,13 @@ class FetchedPart:
 
 @dataclass
 class StreamPart:
-    """Pairs of a stream, and where the lanes stand that this process reads; `window` is that of a lane."""
+    """Pairs of a stream, and where the lanes stand that this process reads.
+
+    name: tells the stream from the other sources; window: that of a lane.
+    """
 
     stream: Stream
+    name: str
     num_pairs: int
     num_lanes: int
     window: int
@@ -93,7 +107,7 @@ class StreamPart:
     @property
     def pairs_in_batch(self) -> Mapping[str, float]:
         """Return how many pairs of a batch come from the stream."""
-        return {self.stream.name: self.num_pairs}
+        return {self.name: self.num_pairs}
 
     def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that follow, where it stands in the stream in their marks.
@@ -114,7 +128,7 @@ class StreamPart:
         with closing(iterate_stream(parts, data, seat.num_workers, seat.pin_memory)) as loaded:
             for batch in loaded:
                 self.marks.update({mark.lane: mark for mark in batch.marks})
-                yield replace(batch, num_pairs={self.stream.name: len(batch)})
+                yield replace(batch, num_pairs={self.name: len(batch)})
 
     def epochs(self) -> float:
         """Return how often the lanes of this process were read, on average."""
@@ -124,17 +138,27 @@ class StreamPart:
     def state_dict(self) -> dict[str, Any]:
         """Return how the stream is read and where all lanes stand, as plain JSON; collective."""
         marks = gather_object([astuple(mark) for mark in self.marks.values()])
-        return {"num_shards": self.stream.num_shards, "num_lanes": self.num_lanes, "marks": sorted(marks)}
+        return {
+            "num_shards": self.stream.num_shards,
+            "num_pairs": self.num_pairs,
+            "num_lanes": self.num_lanes,
+            "window": self.window,
+            "marks": sorted(marks),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; raises `ConfigError` when the stream is another."""
+        """Go on from a checkpoint; raises `ConfigError` when the stream, or its share of a batch, is another."""
         if state["num_shards"] != self.stream.num_shards:
             raise ConfigError(
                 f"data.train: the run began with {state['num_shards']} shards of {self.stream.name} and now there are "
                 f"{self.stream.num_shards}: bring them back, or name another output_dir"
             )
-        self.window = ceil(self.window * self.num_lanes / state["num_lanes"])
-        self.num_lanes = state["num_lanes"]
+        if state["num_pairs"] != self.num_pairs:
+            raise ConfigError(
+                f"data.train: a batch of the run holds {state['num_pairs']} pairs of {self.name}, and now it would "
+                f"hold {self.num_pairs}, which every process takes as many of: go on with as many processes as before"
+            )
+        self.num_lanes, self.window = state["num_lanes"], state["window"]
         self.marks = {mark.lane: mark for mark in (Mark(*each) for each in state["marks"])}
 
 
@@ -188,12 +212,11 @@ class Feed:
 
     def open(self, batches: range, seat: Seat, preparation: Preparation) -> Batches:
         """Yield one process's part of the batches that are named; closed, it ends the loader workers."""
-        whole = sum(self.pairs_in_batch.values())
+        whole = sum(part.num_pairs for part in self.parts)
         with ExitStack() as opened:
             loaded = []
             for part in self.parts:
-                share = sum(part.pairs_in_batch.values()) / whole
-                own_seat = replace(seat, num_workers=ceil(seat.num_workers * share))
+                own_seat = replace(seat, num_workers=ceil(seat.num_workers * part.num_pairs / whole))
                 loaded.append(opened.enter_context(closing(part.open(batches, own_seat, preparation, self.data))))
             for _ in batches:
                 yield joined([next(each) for each in loaded])
@@ -211,6 +234,11 @@ class Feed:
                 f"data.train: the run began with {state['num_samples']} samples and now there are "
                 f"{num_samples}: bring the data back, or name another output_dir"
             )
+        if len(state["streams"]) != len(self.streams):
+            raise ConfigError(
+                f"data.train: the run began with {len(state['streams'])} streams and now there are "
+                f"{len(self.streams)}: name the same ones, or another output_dir"
+            )
         for part, saved in zip(self.streams, state["streams"], strict=True):
             part.load_state_dict(saved)
 
@@ -223,23 +251,28 @@ def build_feed(opened: Opened, config: Config, num_processes: int) -> Feed:
         assert opened.source is not None
         order = order_of(opened.source, opened.weights, batch_size, seed, replacement)
         return Feed([FetchedPart(opened.source, order)], config.data)
-    require_no_cache(opened.streams[0][0], config)
+    require_known_pairs(opened, config)
     of_source, *of_streams = shares(opened, batch_size, num_processes)
     parts: list[Part] = []
     if opened.source is not None:
         order = order_of(opened.source, opened.weights, of_source, seed, replacement)
         parts.append(FetchedPart(opened.source, order))
-    for number, ((stream, _), num_pairs) in enumerate(zip(opened.streams, of_streams, strict=True)):
+    fetched_names = [] if opened.source is None else part_names(opened.source)
+    names = told_apart([*fetched_names, *(stream.name for stream, _ in opened.streams)])[len(fetched_names) :]
+    for number, ((stream, _), name, num_pairs) in enumerate(zip(opened.streams, names, of_streams, strict=True)):
         num_lanes = choose_num_lanes(stream, num_pairs, num_processes)
         window = ceil(config.data.shuffle_buffer / num_lanes)
-        parts.append(StreamPart(stream, num_pairs, num_lanes, window, derive_seed(seed, "stream", number)))
+        parts.append(StreamPart(stream, name, num_pairs, num_lanes, window, derive_seed(seed, "stream", number)))
     return Feed(parts, config.data)
 
 
-def require_no_cache(stream: Stream, config: Config) -> None:
-    """Raise `ConfigError` where something is to be kept of every pair, which nobody knows of a stream."""
-    kept = {"train.cache_features": config.cached_tower, "data.image_cache_gib": config.data.image_cache_gib}
-    for key, value in kept.items():
+def require_known_pairs(opened: Opened, config: Config) -> None:
+    """Raise `ConfigError` for settings that need to know every pair, as nobody does of a stream."""
+    (stream, _), data = opened.streams[0], config.data
+    given = {"train.cache_features": config.cached_tower, "data.image_cache_gib": data.image_cache_gib}
+    if opened.source is None:
+        given["data.replacement"] = data.replacement
+    for key, value in given.items():
         if value:
             raise ConfigError(f"{key}: {stream.name} is a stream, whose pairs are not known beforehand: leave it away")
 
@@ -250,5 +283,5 @@ def shares(opened: Opened, batch_size: int, num_processes: int) -> list[int]:
     names = [*([] if opened.source is None else [opened.source.name]), *(stream.name for stream, _ in opened.streams)]
     weights = [*of_source, *(weight for _, weight in opened.streams)]
     held = quotas(weights, batch_size, num_processes)
-    require_a_pair_of_each(names, weights, held)
+    require_a_pair_of_each(names, weights, held, num_processes)
     return held if of_source else [0, *held]

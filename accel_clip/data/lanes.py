@@ -23,6 +23,9 @@ from accel_clip.faults import ConfigError, DataError
 from accel_clip.randomness import derive_seed
 
 MOST_LANES = 16
+SHARDS_OF_A_LANE = 2
+"""at least, where there are as many: all lanes are read alike, so of one that has a single short shard each pair would
+be shown more often by as much as others are longer, and one that has a single lost shard could not go on"""
 MOST_LOST_SHARDS = 3
 """in a row, after which a lane stops the run: it can be taken up when the network is back"""
 
@@ -102,7 +105,7 @@ class Lane:
         num_lost = 0
         for place in range(mark.shard, len(order)):
             item = None
-            num_usable = 0
+            num_usable = int(place == mark.shard and mark.start > 0)  # what lies before gave something
             for item in self.stream.read(order[place], mark.start if place == mark.shard else 0):
                 num_usable += not isinstance(item.pair, UnusableSample)
                 yield Read(item, order[place], place)
@@ -152,12 +155,12 @@ def shown(shards: Sequence[int]) -> str:
 
 
 def choose_num_lanes(stream: Stream, num_pairs: int, num_processes: int) -> int:
-    """Return into how many lanes a stream is dealt: as many as divide its pairs of a batch and each have a shard.
+    """Return into how many lanes a stream is dealt: as many as divide its pairs of a batch and have shards enough.
 
     They are a multiple of the processes, and the same for every number of these where that can be. Raises
     `ConfigError` for fewer shards than processes.
     """
-    most = min(MOST_LANES, stream.num_shards)
+    most = min(MOST_LANES, stream.num_shards // SHARDS_OF_A_LANE)
     if stream.num_shards < num_processes:
         raise ConfigError(
             f"data.train: {stream.name} has {stream.num_shards} shards, and {num_processes} processes read different "

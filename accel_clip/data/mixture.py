@@ -108,16 +108,18 @@ def interleaved(held: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(slots, key=lambda slot: (2 * slot[1] + 1) / (2 * held[slot[0]]))
 
 
-def require_a_pair_of_each(names: Sequence[str], weights: Sequence[float], held: Sequence[int]) -> None:
-    """Raise `ConfigError` for a source of which a batch would hold no pair."""
+def require_a_pair_of_each(
+    names: Sequence[str], weights: Sequence[float], held: Sequence[int], multiple: int = 1
+) -> None:
+    """Raise `ConfigError` for a source of which a batch would hold no pair; `held` are multiples of `multiple`."""
     batch_size = sum(held)
     for i, name in enumerate(names):
         if held[i] == 0:
             # From one whole pair on by the exact share it has a pair whatever the others' remainders are.
-            needed = math.ceil(sum(weights) / min(weights))
-            enough = rounded_up((sum(weights) - weights[i]) / max(1, batch_size - 1))
+            needed = multiple * math.ceil(sum(weights) / min(weights))
+            enough = rounded_up((sum(weights) - weights[i]) / max(1, batch_size // multiple - 1))
             others = [*weights[:i], enough, *weights[i + 1 :]]
-            or_weight = f", or its weight {enough:g} or more" if all(quotas(others, batch_size)) else ""
+            or_weight = f", or its weight {enough:g} or more" if all(quotas(others, batch_size, multiple)) else ""
             raise ConfigError(
                 f"data.train: {name} has weight {weights[i]:g} of {sum(weights):g}, and a batch of {batch_size} pairs "
                 f"holds none of it: make train.batch_size {needed} or more{or_weight}, or leave the source out"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.sources.base import HasHeldOut, Source, Stream
 from accel_clip.data.sources.combine import split_held_out
-from accel_clip.data.sources.resolve import as_one, open_item, open_sources
+from accel_clip.data.sources.resolve import as_one, open_item, open_sources, require_columns
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Opened:
 def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
     """Return the data of a run; `extra` are columns of numbers that the pairs to train on must bring."""
     items = [open_item(item, data, extra) for item in data.train]
+    require_columns(items, extra)
     given = data.source_weights
     weights = [1.0] * len(items) if given is None else given
     streams = [(item, weight) for item, weight in zip(items, weights, strict=True) if isinstance(item, Stream)]
@@ -37,7 +38,7 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
     of_sources = [weight for item, weight in zip(items, weights, strict=True) if not isinstance(item, Stream)]
     source, held_out = None, None
     if sources:
-        source, held_out = hold_out(as_one(sources, extra), data)
+        source, held_out = hold_out(as_one(sources), data)
     elif data.val is not None:
         held_out = open_held_out(data.val, data)
     kept_weights = None if given is None or len(sources) == 1 else of_sources

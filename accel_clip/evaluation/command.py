@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from accel_clip.check import check_sources
 from accel_clip.config import Config
-from accel_clip.data.pairs import open_held_out, open_pairs
+from accel_clip.data.pairs import open_held_out, open_training
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.evaluator import Evaluator
@@ -26,7 +26,9 @@ def evaluate(config: Config) -> dict[str, float]:
 def evaluate_run(config: Config) -> Evaluator:
     """Return an evaluator that has measured a model on what a run with these settings held out."""
     check_sources(config)
-    evaluator = build_evaluator(config, open_pairs(config.data)[1])
+    data = config.data
+    held_out = open_training(data).held_out if data.val is None else open_held_out(data.val, data)
+    evaluator = build_evaluator(config, held_out)
     evaluator.run()
     evaluator.accelerator.end_training()
     return evaluator

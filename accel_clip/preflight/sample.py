@@ -124,7 +124,7 @@ class Beginning:
 def known_part(feed: Feed, num_samples: int) -> Source:
     """Return the pairs that can be fetched by their number, and the beginnings of streams."""
     sources: list[Source] = [] if feed.fetched is None else [feed.fetched.source]
-    sources += [Beginning(part.stream, num_samples // len(feed.parts)) for part in feed.streams]
+    sources += [Beginning(part.stream, max(1, num_samples // len(feed.parts))) for part in feed.streams]
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 

@@ -317,7 +317,9 @@ def write_forever(folder: Path) -> None:
 def test_kills_at_any_moment_lose_nothing_that_was_complete(tmp_path: Path) -> None:
     moments = random.Random(0)
     reached_step = 0
-    for _ in range(6):
+    for attempt in range(60):
+        if attempt >= 6 and reached_step:
+            break  # on a busy machine the first ones get nowhere
         process = fork.Process(target=write_forever, args=(tmp_path,))
         process.start()
         time.sleep(moments.uniform(0.1, 0.3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -89,13 +89,18 @@ def origin(source: Source, index: int) -> tuple[Source, int]:
 
 def part_names(source: Source) -> list[str]:
     """Return the names of the sources that were put together, made different where two are the same."""
-    names: list[str] = []
-    for part in source.sources if isinstance(source, Concatenated) else [source]:
-        name, number = part.name, 2
-        while name in names:
-            name, number = f"{part.name} ({number})", number + 1
-        names.append(name)
-    return names
+    return told_apart(part.name for part in (source.sources if isinstance(source, Concatenated) else [source]))
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """Return names with a number behind those that stood there before."""
+    found: list[str] = []
+    for each in names:
+        name, number = each, 2
+        while name in found:
+            name, number = f"{each} ({number})", number + 1
+        found.append(name)
+    return found
 
 
 def count_by_part(source: Source, samples: numpy.ndarray) -> dict[str, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy
 import pyarrow
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.base import Pair, Source
+from accel_clip.data.sources.base import Pair, Source, Stream
 from accel_clip.faults import ConfigError, nearest
 
 ROWS_TO_LOOK_AT = 100  # at most, for one that can be read
@@ -61,7 +62,7 @@ def usual_width(cells: pyarrow.ChunkedArray, column: str, name: str) -> int:
     raise ConfigError(f"loss.options: the column '{column}' of {name} holds no lists of numbers ({problem})")
 
 
-def require_columns(sources: Sequence[Source], columns: Sequence[str]) -> None:
+def require_columns(sources: Sequence[Source | Stream], columns: Sequence[str]) -> None:
     """Raise `ConfigError` unless every source has all columns, each of one width; looks at one pair of each source."""
     pairs = [(source.name, pair) for source in sources if (pair := first_usable(source)) is not None]
     for column in columns:
@@ -78,8 +79,11 @@ def require_columns(sources: Sequence[Source], columns: Sequence[str]) -> None:
             raise ConfigError(f"loss.options: the column '{column}' holds {found}: it must hold as many everywhere")
 
 
-def first_usable(source: Source) -> Pair | None:
+def first_usable(source: Source | Stream) -> Pair | None:
     """Return the first pair of a source that can be fetched, None when the first rows have none."""
+    if isinstance(source, Stream):
+        items = islice(source.read(0, 0), ROWS_TO_LOOK_AT)
+        return next((item.pair for item in items if isinstance(item.pair, Pair)), None)
     for index in range(min(len(source), ROWS_TO_LOOK_AT)):
         try:
             return source[index]

@@ -19,7 +19,7 @@ from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.redaction import masked
 
 WORTH_ANOTHER_ATTEMPT = frozenset((408, 425, 429, 500, 502, 503, 504))
-BYTES_OF_A_GOOD_CONNECTION = 1 << 20  # after so many, attempts count anew
+BYTES_OF_A_GOOD_CONNECTION = 1 << 16  # after so many, attempts count anew: servers end those that read slowly
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 

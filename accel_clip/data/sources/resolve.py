@@ -72,17 +72,23 @@ class Location:
 
 def open_sources(items: Sequence[str | SourceConfig], data: DataConfig, extra: tuple[str, ...] = ()) -> Source:
     """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
-    return as_one([open_source(item, data, extra=extra) for item in items], extra)
+    sources = [open_source(item, data, extra=extra) for item in items]
+    require_columns(sources, extra)
+    return as_one(sources)
 
 
-def as_one(sources: Sequence[Source], extra: tuple[str, ...]) -> Source:
-    """Return several sources as one, with the columns `extra`, of one width in all of them."""
+def require_columns(sources: Sequence[Source | Stream], columns: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless every source has all columns of numbers that a loss asks for."""
+    if columns:
+        from accel_clip.data.sources import numbers
+
+        numbers.require_columns(sources, columns)
+
+
+def as_one(sources: Sequence[Source]) -> Source:
+    """Return several sources as one."""
     from accel_clip.data.sources.combine import Concatenated
 
-    if extra:
-        from accel_clip.data.sources.numbers import require_columns
-
-        require_columns(sources, extra)
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
