@@ -12,10 +12,12 @@ from accel_clip.config import Config, DataConfig, SourceConfig, TrainConfig
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.feed import Feed, Seat, build_feed
+from accel_clip.data.order import Draws
 from accel_clip.data.pairs import Opened
 from accel_clip.data.sources.base import Pair, Stream
 from accel_clip.data.sources.combine import Concatenated
 from accel_clip.faults import ConfigError
+from accel_clip.preflight.sample import known_part
 
 PREPARATION = Preparation(tokens, 16, 1e6, seed=0)
 
@@ -100,7 +102,7 @@ def test_a_state_of_other_data_is_refused() -> None:
 
 
 def test_the_lanes_of_a_run_stay_when_the_processes_are_others() -> None:
-    stream = Shards([9] * 8)
+    stream = Shards([9] * 16)
     opened = Opened(None, None, 0.0, [(stream, 1.0)], None)
     feed = feed_of(opened, batch_size=24)
     batches(feed, 0, 3)
@@ -117,6 +119,69 @@ def test_the_lanes_of_a_run_stay_when_the_processes_are_others() -> None:
     third.load_state_dict(state)
     with pytest.raises(ConfigError, match="in 8 lanes, which 3 processes cannot divide: go on with 1, 2, 4, 8"):
         batches(third, 3, 1, 0, 3)
+
+
+def test_the_windows_of_a_run_stay_when_another_number_of_processes_would_have_others() -> None:
+    """Three processes have 12 lanes with windows of 42 pairs, one has 16 with windows of 32."""
+    opened = Opened(None, None, 0.0, [(Shards([30] * 48), 1.0)], None)
+    whole: list[set[tuple[int, ...]]] = [set(), set()]
+    states = []
+    for process in range(3):
+        feed = feed_of(opened, 96, 3, buffer=500)
+        batches(feed, 0, 2, process, 3)
+        states.append(feed.state_dict()["streams"][0])
+        for held, batch in zip(whole, batches(feed, 2, 2, process, 3), strict=True):
+            held.update(words(batch))
+    again = feed_of(opened, 96, 1, buffer=500)
+    marks = [mark for state in states for mark in state["marks"]]
+    again.load_state_dict({"num_samples": 0, "streams": [{**states[0], "marks": marks}]})
+    assert [set(words(batch)) for batch in batches(again, 2, 2)] == whole
+
+
+def test_a_run_whose_batches_would_hold_others_is_refused() -> None:
+    """Each process has as many pairs of a stream: 5 of 16 become 6 for two."""
+    opened = Opened(Numbers("photos", 300, 900), None, 2.0, [(Shards([30] * 8), 1.0)], None)
+    state = feed_of(opened, 16, 2).state_dict()
+    with pytest.raises(ConfigError, match=r"holds 6 pairs of memory, and now it would hold 5.*as many processes"):
+        feed_of(opened, 16, 1).load_state_dict(state)
+    two = Opened(None, None, 0.0, [(Shards([30] * 8), 1.0)] * 2, None)
+    with pytest.raises(ConfigError, match="began with 1 streams and now there are 2"):
+        feed_of(two, 16).load_state_dict({**state, "num_samples": 0})
+
+
+def test_streams_of_one_name_are_told_apart() -> None:
+    shards = Shards([30] * 8)
+    feed = feed_of(Opened(Numbers("memory", 300, 900), None, 2.0, [(shards, 1.0), (shards, 1.0)], None), 16)
+    assert feed.pairs_in_batch == {"memory": 8, "memory (2)": 4, "memory (3)": 4}
+    assert [dict(batch.num_pairs) for batch in batches(feed, 0, 2)] == [feed.pairs_in_batch] * 2
+
+
+def test_the_ways_out_of_a_batch_without_a_pair_hold_for_several_processes() -> None:
+    def opened(weight: float) -> Opened:
+        return Opened(Numbers("photos", 300, 900), None, 20.0, [(Shards([30] * 8), weight)], None)
+
+    with pytest.raises(ConfigError, match=r"make train\.batch_size 168 or more, or its weight 2\.9 or more"):
+        feed_of(opened(1.0), 64, 8)
+    assert feed_of(opened(1.0), 168, 8).pairs_in_batch["memory"] == feed_of(opened(2.9), 64, 8).pairs_in_batch["memory"]
+
+
+def test_what_needs_to_know_every_pair_is_refused() -> None:
+    stream: Stream = Shards([30] * 8)
+    for data, key in (
+        (DataConfig(replacement=True), "replacement"),
+        (DataConfig(image_cache_gib=1), "image_cache_gib"),
+    ):
+        config = Config(data=data, train=TrainConfig(batch_size=16, steps=9))
+        with pytest.raises(ConfigError, match=rf"data\.{key}: memory is a stream, whose pairs are not known"):
+            build_feed(Opened(None, None, 0.0, [(stream, 1.0)], None), config, 1)
+    of_tables = Config(data=DataConfig(replacement=True), train=TrainConfig(batch_size=16, steps=9))
+    feed = build_feed(Opened(Numbers("photos", 30, 900), None, 1.0, [(stream, 1.0)], None), of_tables, 1)
+    assert feed.fetched is not None and isinstance(feed.fetched.order, Draws)
+
+
+def test_a_check_looks_at_a_pair_of_each_stream_however_few_are_asked_for() -> None:
+    feed = feed_of(Opened(None, None, 0.0, [(Shards([30] * 8), 1.0)] * 3, None), 12)
+    assert len(known_part(feed, 1)) >= 3
 
 
 def test_the_length_of_a_run_on_streams_must_be_said() -> None:

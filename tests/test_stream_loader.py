@@ -108,6 +108,31 @@ def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
         assert keys_of(lane, whole[place].mark, 15) == keys[place + 1 : place + 16]
 
 
+def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
+    @dataclass
+    class WithoutLast(Shards):
+        def read(self, shard: int, start: int) -> Iterator[Streamed]:
+            for item in super().read(shard, start):
+                missing = UnusableSample("missing_file", "the sample has no picture", item.key)
+                yield Streamed(item.key, missing, item.end) if item.end == self.lengths[shard] else item
+
+    lane = Lane(WithoutLast([11]), 0, 1, WINDOW, SEED)  # its last window holds that sample alone
+    whole = list(islice(lane.give(Mark(0)), 30))
+    for place in range(22):
+        assert keys_of(lane, whole[place].mark, 4) == [given.item.key for given in whole[place + 1 : place + 5]]
+
+
+def test_a_short_shard_is_not_shown_much_more_often_than_others() -> None:
+    lengths = [100] * 15 + [8]
+    num_lanes = choose_num_lanes(Shards(lengths), 64, 1)
+    shown: Counter[int] = Counter()
+    for number in range(num_lanes):
+        lane = Lane(Shards(lengths), number, num_lanes, WINDOW, SEED)
+        shown.update(given.shard for given in islice(lane.give(Mark(number)), 1000))
+    often = [shown[shard] / length for shard, length in enumerate(lengths)]
+    assert max(often) < 2.2 * min(often)
+
+
 def test_lanes_have_different_shards() -> None:
     stream = Shards([4] * 10)
     given = [set(keys_of(Lane(stream, number, 3, WINDOW, SEED), Mark(number), 80)) for number in range(3)]
@@ -167,9 +192,14 @@ def test_shards_that_are_lost_are_counted_and_several_in_a_row_end_the_run() -> 
 
 @pytest.mark.parametrize(
     ("num_shards", "num_pairs", "num_processes", "lanes"),
-    [(100, 256, 1, 16), (100, 256, 8, 16), (42, 96, 3, 12), (3, 256, 2, 2), (1, 7, 1, 1), (64, 640, 32, 32)],
+    [
+        *[(100, 256, 1, 16), (100, 256, 8, 16), (42, 96, 3, 12), (3, 256, 2, 2), (1, 7, 1, 1), (64, 640, 32, 32)],
+        *[(31, 256, 1, 8), (17, 256, 1, 8), (17, 256, 16, 16), (3, 256, 1, 1)],
+    ],
 )
-def test_lanes_divide_the_batch(num_shards: int, num_pairs: int, num_processes: int, lanes: int) -> None:
+def test_lanes_divide_the_batch_and_have_two_shards_where_there_are_as_many(
+    num_shards: int, num_pairs: int, num_processes: int, lanes: int
+) -> None:
     assert choose_num_lanes(Shards([1] * num_shards), num_pairs, num_processes) == lanes
 
 

@@ -23,6 +23,7 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import choose_caption, weighted
 from accel_clip.data.decode import decode_picture
+from accel_clip.data.pairs import open_training
 from accel_clip.data.sources import hub_stream, remote_shards, shards
 from accel_clip.data.sources.base import Pair, Source, Stream, Streamed
 from accel_clip.data.sources.hub import open_hub, open_saved
@@ -340,13 +341,15 @@ def test_a_shard_that_breaks_for_good_gives_what_came_before_and_then_says_why(s
     assert read(stream, 0, items[-1].end) == []
 
 
-def test_attempts_count_anew_after_much_was_read(tmp_path):
-    members = {f"{n}.{end}": bytes(1 << 20) if end == "jpg" else b"x" for n in range(8) for end in ("jpg", "txt")}
+@pytest.mark.parametrize("drop_after", [100_000, 1_200_000])
+def test_attempts_count_anew_after_much_was_read(drop_after, tmp_path):
+    """A server gives up on one that reads slowly, as a training does: what it had sent until then is a few buffers."""
+    members = {f"{n}.{end}": bytes(drop_after) if end == "jpg" else b"x" for n in range(8) for end in ("jpg", "txt")}
     write_tar(tmp_path / "0.tar", members)
     behaviour = Behaviour()
     with served(tmp_path, behaviour) as address:
         stream = opened(address + "/0.tar")
-        behaviour.drop_after = 1_200_000
+        behaviour.drop_after = drop_after
         assert sum(isinstance(item.pair, Pair) for item in read(stream)) == 8
 
 
@@ -470,6 +473,14 @@ def test_names_that_no_member_has_stop_the_start(tmp_path):
         assert read(opened(address + "/x.tar", captions={"cap": 1.0}))[0].pair.captions == ("x",)
         with pytest.raises(ConfigError, match=r"data\.encoding: 'klingon'"):
             opened(address + "/x.tar", encoding="klingon")
+
+
+def test_columns_of_numbers_that_a_stream_does_not_bring_stop_the_start(shard):
+    with served(shard.parent) as address:
+        data = DataConfig(train=[address + "/0.tar"])
+        assert open_training(data).streams
+        with pytest.raises(ConfigError, match=r"loss\.options: the source .*0\.tar' has no column 'f'"):
+            open_training(data, ("f",))
 
 
 def test_a_server_that_is_not_there_stops_the_start(tmp_path):

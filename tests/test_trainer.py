@@ -30,6 +30,7 @@ from accel_clip.data.examples import Preparation, preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources.resolve import open_source
+from accel_clip.evaluation.command import evaluate_run
 from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model
@@ -73,6 +74,12 @@ def points_of(config: Config) -> list[dict[str, Any]]:
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / "export" / "open_clip_model.safetensors")
+
+
+def test_a_run_on_a_stream_is_shown_by_what_it_was_measured_on(table: Path) -> None:
+    """As `accel-clip plot` does; the stream, whose server is gone, is not needed."""
+    data = DataConfig(train=["http://127.0.0.1:9/{0..9}.tar"], val=[str(table)], workers=0)
+    assert evaluate_run(config_for(table, data=data)).picture_grid() is not None
 
 
 def test_accumulation_averages_contrastive_batches(table: Path) -> None:
