@@ -210,7 +210,7 @@ class TrainConfig:
     """CPU threads per process; null = the machine's cores divided by its processes"""
     timeout: float | None = 45.0
     """seconds without progress after the first step that end several processes which wait for each other (five times
-    the longest recent step where that is more); null = never"""
+    the longest recent step, and 600 on streams, where that is more); null = never"""
     compile: bool = False
     """compile the blocks of the towers by torch.compile: fewer, larger kernels after a start of a minute or more"""
     activation_checkpointing: bool = False

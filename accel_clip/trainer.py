@@ -19,7 +19,7 @@ from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
 from accel_clip.checkpoint.restore import load_weights
 from accel_clip.command_line import save_config
-from accel_clip.config import Config
+from accel_clip.config import Config, TrainConfig
 from accel_clip.console import say
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
@@ -63,6 +63,8 @@ from accel_clip.timetable import Timetable
 from accel_clip.tracking import TRAINING_METRICS
 from accel_clip.watchdog import Watchdog
 
+SECONDS_FOR_A_SERVER = 600.0
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -94,6 +96,16 @@ def train(config: Config) -> TrainResult:
 def finished_result(folder: RunFolder) -> TrainResult:
     """Return where a complete run ended."""
     return TrainResult(read_metrics(folder.export), folder.read_status()["step"], folder.export)
+
+
+def timeout_of(config: TrainConfig, num_processes: int, has_streams: bool) -> float | None:
+    """Return after how many seconds without progress a process ends itself, None for never.
+
+    While one waits for a server, which may ask for minutes, the others wait for it, and none of them hangs.
+    """
+    if num_processes == 1 or config.timeout is None:
+        return None
+    return max(config.timeout, SECONDS_FOR_A_SERVER) if has_streams else config.timeout
 
 
 class Trainer:
@@ -194,7 +206,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
-        timeout = self.config.train.timeout if self.accelerator.num_processes > 1 else None
+        timeout = timeout_of(self.config.train, self.accelerator.num_processes, bool(self.feed.streams))
         watchdog = Watchdog(timeout, on_hang=self.note_hang)
         with ExitStack() as self.opened, StopSignals() as self.signals, watchdog as self.watchdog:
             try:
