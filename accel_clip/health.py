@@ -84,8 +84,9 @@ class WaitWatch:
         self.told = True
         say(
             f"warning: at step {step} {waiting / whole:.0%} of the time is waiting for data ({waiting:.3f} of "
-            f"{whole:.3f} seconds a step): raise data.workers (now {self.num_workers}, {self.num_cores} cores), keep "
-            "decoded pictures by data.image_cache_gib, or store smaller ones; accel-clip check measures the loader"
+            f"{whole:.3f} seconds a step): raise data.workers (now {self.num_workers}, {self.num_cores} cores), store "
+            "smaller pictures, or keep decoded ones by data.image_cache_gib (not of streams); accel-clip check "
+            "measures loader and step"
         )
 
 

@@ -234,6 +234,8 @@ class Trainer:
         describe_processes(self.accelerator)
         if (mixed := self.feed.describe()) is not None:
             say(mixed)
+        if self.feed.streams and self.held_out is None:
+            say("nothing is held out of a stream: name data.val to see how good the model gets")
         self.features = self.open_features()
         self.pictures = self.open_pictures()
         self.logbook.open(self.timetable.num_steps, self.state, resumed=self.found is not None)

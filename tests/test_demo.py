@@ -14,7 +14,7 @@ import pytest
 from commands import ROOT
 
 from accel_clip.config import DataConfig, ModelConfig, SourceConfig
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.demo import DemoSource, open_demo
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
@@ -212,7 +212,8 @@ def test_an_unknown_demo_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "demo:pairs"])
 def test_as_validation_data_the_demo_is_its_held_out_part(name: str) -> None:
-    training, held_out = open_pairs(DataConfig(train=[name], val=[name]))
+    found = open_training(DataConfig(train=[name], val=[name]))
+    training, held_out = found.source, found.held_out
     assert held_out is not None and len(held_out) == 256
     drawn = {training[index].captions for index in range(0, len(training), 7)}
     assert not drawn & {held_out[index].captions for index in range(256)}

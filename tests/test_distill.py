@@ -28,7 +28,7 @@ from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation, numbers_in
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.resolve import open_sources
 from accel_clip.faults import ConfigError
@@ -420,12 +420,12 @@ def test_numbers_of_every_kind_of_table(tmp_path: Path, kind: str) -> None:
     numbers = [[0.1, -2.5e-8, 3.0], [1 / 3, 7.0, 1e30], [0.0, 1.0, 2.0]]
     file = write_table(tmp_path, kind, rows_with(tmp_path, f=numbers, other=["x", "y", "z"]))
     data = DataConfig(train=[file], val_fraction=0, image_root="/")
-    source, _ = open_pairs(data, ("f",))
+    source = open_training(data, ("f",)).source
     for index, expected in enumerate(numbers):
         assert list(source[index].extra) == ["f"]
         assert source[index].extra["f"].dtype == numpy.float32
         assert source[index].extra["f"].tolist() == numpy.float32(expected).tolist()
-    assert open_pairs(data)[0][0].extra == {}
+    assert open_training(data).source[0].extra == {}
 
 
 BROKEN = [[1.0, 2.0], [1.0], None, [1.0, math.nan], [1.0, 1e300], "one, two", [[1.0], [2.0]], {"a": 1}]
@@ -453,17 +453,17 @@ def test_so_does_one_in_a_typed_table(tmp_path: Path, kind: str, cell: object) -
 def test_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
     file = write_table(tmp_path, "parquet", rows_with(tmp_path, features=[[1.0], [2.0]], words=["x", "y"]))
     with pytest.raises(ConfigError, match=r"loss\.options: .*no column 'feature', did you mean 'features'"):
-        open_pairs(DataConfig(train=[file]), ("feature",))
+        open_training(DataConfig(train=[file]), ("feature",))
     with pytest.raises(ConfigError, match=r"loss\.options: the column 'words' .*holds no lists of numbers"):
-        open_pairs(DataConfig(train=[file]), ("words",))
+        open_training(DataConfig(train=[file]), ("words",))
     with pytest.raises(ConfigError, match=r"loss\.options: the source 'demo' has no column 'features'"):
-        open_pairs(DataConfig(train=[file, "demo"]), ("features",))
+        open_training(DataConfig(train=[file, "demo"]), ("features",))
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in pictures(folder, 2):
         (folder / name).with_suffix(".txt").write_text("a caption")
     with pytest.raises(ConfigError, match="has no column 'features'"):
-        open_pairs(DataConfig(train=[str(folder)]), ("features",))
+        open_training(DataConfig(train=[str(folder)]), ("features",))
 
 
 def test_sources_with_other_widths_are_refused(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_sources_with_other_widths_are_refused(tmp_path: Path) -> None:
         folder.mkdir()
         files.append(write_table(folder, "parquet", rows_with(folder, f=[[1.0] * width] * 2)))
     with pytest.raises(ConfigError, match=r"the column 'f' holds 2 numbers in .*, 3 numbers in"):
-        open_pairs(DataConfig(train=files), ("f",))
+        open_training(DataConfig(train=files), ("f",))
 
 
 def test_numbers_cannot_mean_one_of_several_captions() -> None:
@@ -490,7 +490,7 @@ def test_columns_of_two_widths_are_no_teacher() -> None:
 
 def first_batch(file: str, model: ClipModel, columns: tuple[str, ...], num_workers: int = 0) -> Batch:
     config = DataConfig(train=[file], val_fraction=0)
-    source, _ = open_pairs(config, columns)
+    source = open_training(config, columns).source
     order = Order(len(source), len(source), 3)
     pairs = TrainingPairs(source, order, Preparation(model.tokenizer, 32, 1e6, 3))
     return next(iterate(pairs, BatchPlaces(order, range(1), 0, 1), config, num_workers, False))

@@ -28,7 +28,7 @@ from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
 from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.models.anatomy import examine
@@ -56,7 +56,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pairs(table: Path) -> Source:
-    return open_pairs(replace(DATA, train=[str(table)]))[0]
+    return open_training(replace(DATA, train=[str(table)])).source
 
 
 def tower_of(table: Path, side: str) -> FrozenTower:
@@ -204,11 +204,11 @@ def test_features_of_something_else_are_replaced_and_it_is_said(
 ) -> None:
     tower = tower_of(table, "image")
     data = replace(DATA, train=[str(table)])
-    before = cache_of(tower, open_pairs(data)[0], table.parent).features.copy()
+    before = cache_of(tower, open_training(data).source, table.parent).features.copy()
     change(tower, table)
-    after = cache_of(tower, open_pairs(data)[0], table.parent)
+    after = cache_of(tower, open_training(data).source, table.parent)
     assert f"were computed with other {named}: they are replaced" in capsys.readouterr().err
-    fresh = cache_of(tower, open_pairs(data)[0], table.parent / "fresh")
+    fresh = cache_of(tower, open_training(data).source, table.parent / "fresh")
     assert numpy.array_equal(after.features, fresh.features)
     assert numpy.array_equal(after.keys, fresh.keys)
     if named == "weights":

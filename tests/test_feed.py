@@ -199,3 +199,17 @@ def test_a_stream_without_a_pair_in_a_batch_is_refused() -> None:
 def test_weights_of_items_are_those_of_streams_and_sources() -> None:
     data = DataConfig(train=["demo", SourceConfig("demo:pairs", weight=2.0)])
     assert data.source_weights == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 2.0, 2.0), (1.0, 5.0, 1.0)])
+def test_parts_are_read_in_as_many_lanes_whatever_the_number_of_processes(weights: tuple[float, float, float]) -> None:
+    table, one, two = weights
+    streams: list[tuple[Stream, float]] = [(Shards([9] * 64, name="a"), one), (Shards([9] * 64, name="b"), two)]
+    opened = Opened(Numbers("photos", 300, 900), None, table, streams, None)
+    found = set()
+    for num_processes in (1, 2, 4, 8):
+        feed = feed_of(opened, batch_size=256, num_processes=num_processes)
+        found.add(tuple((part.num_pairs, part.num_lanes) for part in feed.streams))
+        for wanted, part in zip((one, two), feed.streams, strict=True):
+            assert part.num_lanes >= 8 and abs(part.num_pairs - 256 * wanted / sum(weights)) <= 8
+    assert len(found) == 1

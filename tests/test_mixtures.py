@@ -41,7 +41,7 @@ from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.mixture import Mixture, describe_batch, interleaved, order_of, pairs_in_batch, quotas
 from accel_clip.data.order import BatchOrder, Draws, Order, permutation
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.combine import Concatenated, count_by_part, part_names
 from accel_clip.faults import ConfigError
@@ -495,7 +495,8 @@ def test_counts_go_on_past_the_batches_that_a_rollback_leaves(tables: Path, monk
 
 def test_the_held_out_part_leaves_sources_and_weights_aligned(tables: Path) -> None:
     config = config_for(tables, "run")
-    pairs, held_out = open_pairs(config.data)
+    found = open_training(config.data)
+    pairs, held_out = found.source, found.held_out
     assert isinstance(pairs, Concatenated) and held_out is not None
     assert part_names(pairs) == [str(tables / "photos.csv"), str(tables / "clipart.csv")]
     assert len(pairs) + len(held_out) == 55 and len(pairs.sources[0]) < 40

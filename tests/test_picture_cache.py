@@ -27,7 +27,7 @@ from accel_clip.data.decode import decode_small
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
-from accel_clip.data.pairs import open_pairs
+from accel_clip.data.pairs import open_training
 from accel_clip.data.picture_building import GIB, open_pictures
 from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.base import Source
@@ -102,7 +102,7 @@ def config_for(table: Path, augmentation: str = "crop", room: float = 1.0, **mor
 
 
 def pairs_of(config: Config) -> Source:
-    return open_pairs(config.data)[0]
+    return open_training(config.data).source
 
 
 def cache_of(model: ClipModel, config: Config, folder: Path, num_workers: int = 0) -> PictureCache | None:

@@ -104,12 +104,12 @@ def test_accumulation_averages_contrastive_batches(table: Path) -> None:
 
 def build_reference(config: Config) -> dict[str, torch.Tensor]:
     """Return the weights after one SGD step on the mean of the losses of the first two batches, by plain autograd."""
-    from accel_clip.data.pairs import open_pairs
+    from accel_clip.data.pairs import open_training
     from accel_clip.randomness import derive_seed
 
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(config.model)
-    pairs, _ = open_pairs(config.data)
+    pairs = open_training(config.data).source
     order = Order(len(pairs), config.train.batch_size, config.seed)
     data = TrainingPairs(pairs, order, preparation_for(model, config))
     mean = torch.tensor(model.preprocess_config["mean"]).view(1, 3, 1, 1)

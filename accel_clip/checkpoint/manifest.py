@@ -12,7 +12,7 @@ from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, 
 from accel_clip.checkpoint.storage import hash_of
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 LIBRARIES = ("torch", "accelerate", "open_clip_torch", "accel-clip")
 NUMBERS = ("format", "step", "num_processes")
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from accel_clip.config import Config, DataConfig, TrainConfig
 from accel_clip.data.batch import Batch, joined
 from accel_clip.data.examples import Preparation
-from accel_clip.data.lanes import Mark, choose_num_lanes
+from accel_clip.data.lanes import MOST_LANES, Mark, choose_num_lanes
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.mixture import (
     describe_batch,
@@ -215,11 +215,14 @@ class Feed:
         whole = sum(part.num_pairs for part in self.parts)
         with ExitStack() as opened:
             loaded = []
+            pin_parts = seat.pin_memory and len(self.parts) == 1  # what is joined is pinned afterwards
             for part in self.parts:
-                own_seat = replace(seat, num_workers=ceil(seat.num_workers * part.num_pairs / whole))
+                num_workers = ceil(seat.num_workers * part.num_pairs / whole)
+                own_seat = replace(seat, num_workers=num_workers, pin_memory=pin_parts)
                 loaded.append(opened.enter_context(closing(part.open(batches, own_seat, preparation, self.data))))
             for _ in batches:
-                yield joined([next(each) for each in loaded])
+                batch = joined([next(each) for each in loaded])
+                yield batch.pin_memory() if seat.pin_memory and not pin_parts else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells whether the data is the same, and where streams stand, as plain JSON; collective."""
@@ -282,6 +285,18 @@ def shares(opened: Opened, batch_size: int, num_processes: int) -> list[int]:
     of_source = [] if opened.source is None else [opened.source_weight]
     names = [*([] if opened.source is None else [opened.source.name]), *(stream.name for stream, _ in opened.streams)]
     weights = [*of_source, *(weight for _, weight in opened.streams)]
-    held = quotas(weights, batch_size, num_processes)
-    require_a_pair_of_each(names, weights, held, num_processes)
+    unit = unit_of_parts(batch_size, num_processes, len(weights))
+    held = quotas(weights, batch_size, unit)
+    require_a_pair_of_each(names, weights, held, unit)
     return held if of_source else [0, *held]
+
+
+def unit_of_parts(batch_size: int, num_processes: int, num_parts: int) -> int:
+    """Return the number whose multiples the parts of a batch are, which is the processes' or a multiple of that.
+
+    Parts that many numbers divide can be read in many lanes, by other numbers of processes too; their shares are off
+    by an eighth of a part at most, on average.
+    """
+    most = batch_size // (8 * num_parts)
+    fitting = (unit for unit in range(num_processes, MOST_LANES + 1, num_processes) if batch_size % unit == 0)
+    return max((unit for unit in fitting if unit <= most), default=num_processes)

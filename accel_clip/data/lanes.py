@@ -23,6 +23,7 @@ from accel_clip.faults import ConfigError, DataError
 from accel_clip.randomness import derive_seed
 
 MOST_LANES = 16
+ENOUGH_LANES = 8
 SHARDS_OF_A_LANE = 2
 """at least, where there are as many: all lanes are read alike, so of one that has a single short shard each pair would
 be shown more often by as much as others are longer, and one that has a single lost shard could not go on"""
@@ -167,5 +168,7 @@ def choose_num_lanes(stream: Stream, num_pairs: int, num_processes: int) -> int:
             f"ones: write it as {num_processes} shards or more, or start at most {stream.num_shards} processes"
         )
     assert num_pairs % num_processes == 0, "parts of a batch are even"
-    fitting = [lanes for lanes in range(1, max(most, num_processes) + 1) if num_pairs % lanes == 0]
-    return max(lanes for lanes in fitting if lanes % num_processes == 0)
+    multiples = range(num_processes, max(most, num_processes) + 1, num_processes)
+    fitting = [lanes for lanes in multiples if num_pairs % lanes == 0]
+    powers = [lanes for lanes in fitting if lanes >= ENOUGH_LANES and lanes.bit_count() == 1]
+    return max(powers or fitting)  # of powers of two the usual numbers of processes divide the same one

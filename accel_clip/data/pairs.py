@@ -28,36 +28,25 @@ class Opened:
 
 
 def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
-    """Return the data of a run; `extra` are columns of numbers that the pairs to train on must bring."""
+    """Return the data of a run: what is trained on, and `data.val` or a part of `data.train` to measure it on.
+
+    extra: columns of numbers that the pairs to train on must bring.
+    """
     items = [open_item(item, data, extra) for item in data.train]
     require_columns(items, extra)
-    given = data.source_weights
-    weights = [1.0] * len(items) if given is None else given
-    streams = [(item, weight) for item, weight in zip(items, weights, strict=True) if isinstance(item, Stream)]
-    sources = [item for item in items if not isinstance(item, Stream)]
-    of_sources = [weight for item, weight in zip(items, weights, strict=True) if not isinstance(item, Stream)]
-    source, held_out = None, None
-    if sources:
-        source, held_out = hold_out(as_one(sources), data)
-    elif data.val is not None:
-        held_out = open_held_out(data.val, data)
-    kept_weights = None if given is None or len(sources) == 1 else of_sources
-    return Opened(source, kept_weights, sum(of_sources), streams, held_out)
-
-
-def open_pairs(data: DataConfig, extra: tuple[str, ...] = ()) -> tuple[Source, Source | None]:
-    """Return the pairs to train on and those held out, which are `data.val` or a part of `data.train`.
-
-    extra: columns of numbers that the pairs to train on must bring. Raises `ConfigError` for streams.
-    """
-    return hold_out(open_sources(data.train, data, extra), data)
-
-
-def hold_out(training: Source, data: DataConfig) -> tuple[Source, Source | None]:
-    """Return what is left to train on and what is held out."""
+    weights = data.source_weights or [1.0] * len(items)
+    weighted = list(zip(items, weights, strict=True))
+    streams = [(item, weight) for item, weight in weighted if isinstance(item, Stream)]
+    sources = [(item, weight) for item, weight in weighted if not isinstance(item, Stream)]
+    source = as_one([item for item, _ in sources]) if sources else None
+    held_out = None
     if data.val is not None:
-        return training, open_held_out(data.val, data)
-    return split_held_out(training, data.val_fraction)
+        held_out = open_held_out(data.val, data)
+    elif source is not None:
+        source, held_out = split_held_out(source, data.val_fraction)
+    of_sources = [weight for _, weight in sources]
+    are_mixed = data.source_weights is not None and len(sources) > 1
+    return Opened(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out)
 
 
 def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig) -> Source:

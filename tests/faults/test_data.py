@@ -280,8 +280,8 @@ def listed(run: Path) -> dict[int, dict[str, str]]:
     ("way", "launcher", "num_workers"),
     [
         *((way, ALONE, 0) for way in WAYS),
-        *((way, CPU_2, 0) for way in ("removed", "overwritten")),
-        *((way, CPU_2, 2) for way in ("removed", "truncated")),
+        ("removed", CPU_2, 0),
+        ("truncated", CPU_2, 2),
     ],
     ids=lambda value: value if isinstance(value, str | int) else f"{len(value) or 1} process(es)",
 )

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nasty
 import pytest
+from datasets import Dataset, Image
 from test_data import write_wild_shards
 from test_launches import CPU_2, NUM_STEPS, Folder, export_of, losses_of, status_of
 from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
@@ -84,6 +86,22 @@ def test_a_killed_run_on_a_stream_ends_like_one_that_was_not(
         run_until(config, fault)
     run_to_the_end(config)
     assert_same_end(config, uninterrupted)
+
+
+def test_a_killed_run_on_a_streamed_dataset_ends_like_one_that_was_not(
+    models: Path, shards: Path, tmp_path: Path
+) -> None:
+    """A folder that `datasets` saved is read like a dataset of the hub, without a network."""
+    pictures = [{"bytes": nasty.encoded(nasty.noise(seed=number)), "path": None} for number in range(40)]
+    columns = {"image": pictures, "caption": [f"picture {number} of noise" * (number != 3) for number in range(40)]}
+    Dataset.from_dict(columns).cast_column("image", Image()).save_to_disk(tmp_path / "saved")
+    data = replace(streamed(models, tmp_path, "", shards).data, train=[f"hf-stream:{tmp_path / 'saved'}"])
+    whole, killed = (config_for(models, tmp_path / name, data=data) for name in ("whole", "killed"))
+    run_to_the_end(whole)
+    run_until(killed, "step:5")
+    run_until(killed, "step:9")
+    run_to_the_end(killed)
+    assert_same_end(killed, whole)
 
 
 def test_a_bad_server_changes_nothing(
