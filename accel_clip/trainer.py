@@ -25,7 +25,8 @@ from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.feature_cache import FeatureCache
 from accel_clip.data.feature_encoding import FrozenTower, open_features
-from accel_clip.data.feed import Seat, build_feed
+from accel_clip.data.feed import build_feed
+from accel_clip.data.feed_parts import Seat
 from accel_clip.data.pairs import open_training
 from accel_clip.data.picture_building import open_pictures
 from accel_clip.data.picture_cache import PictureCache

@@ -11,7 +11,8 @@ from test_stream_loader import Shards, picture, tokens
 from accel_clip.config import Config, DataConfig, SourceConfig, TrainConfig
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
-from accel_clip.data.feed import Feed, Seat, build_feed
+from accel_clip.data.feed import Feed, build_feed
+from accel_clip.data.feed_parts import Seat
 from accel_clip.data.order import Draws
 from accel_clip.data.pairs import Opened
 from accel_clip.data.sources.base import Pair, Stream

@@ -21,7 +21,7 @@ from PIL import Image
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.decode import decode_picture
-from accel_clip.data.sources import resolve, table
+from accel_clip.data.sources import resolve, table, table_files
 from accel_clip.data.sources.base import SOURCES, Pair
 from accel_clip.data.sources.combine import Concatenated, Subset, origin, split_held_out
 from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
@@ -733,7 +733,7 @@ def test_registered_sources_get_the_argument_and_complete_settings(monkeypatch):
 def test_suffixes_and_names_are_those_of_the_modules_that_serve_them():
     resolve.register_built_in()
     assert set(resolve.BUILT_IN) <= set(SOURCES.names())
-    assert tuple(table.READERS) == resolve.TABLE_SUFFIXES
+    assert tuple(table_files.READERS) == resolve.TABLE_SUFFIXES
 
 
 def test_missing_data_is_found_without_heavy_imports():

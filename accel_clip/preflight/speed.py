@@ -11,7 +11,7 @@ from torch.nn import functional
 from accel_clip.chunks import Plan
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
-from accel_clip.data.feed import Seat
+from accel_clip.data.feed_parts import Seat
 from accel_clip.faults import ConfigError
 from accel_clip.preflight.facts import SpeedFacts
 from accel_clip.preflight.parts import Parts

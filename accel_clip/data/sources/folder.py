@@ -12,7 +12,9 @@ from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.table import READERS, Columns, TableSource, open_table
+from accel_clip.data.sources.columns import Columns
+from accel_clip.data.sources.table import TableSource, open_table
+from accel_clip.data.sources.table_files import READERS
 from accel_clip.data.text_files import decode_text, decodes, guess_encoding, require_text_encoding
 from accel_clip.faults import DataError
 

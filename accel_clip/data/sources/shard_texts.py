@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import caption_too_large, weighted
-from accel_clip.data.sources.table import CAPTION_COLUMNS, LABEL_COLUMNS, parts_of, storable, usual_column
+from accel_clip.data.sources.cells import parts_of, storable
+from accel_clip.data.sources.columns import CAPTION_COLUMNS, LABEL_COLUMNS, usual_column
 from accel_clip.data.text_files import decode_text
 from accel_clip.faults import ConfigError, DataError, nearest
 
