@@ -25,7 +25,7 @@ KEYS = {
     "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
     "num_repeated_captions num_cut_captions token_limit picture_size decoding_seconds pairs_in_batch",
     "speed": "num_workers loader step step_pairs bottleneck expected training_seconds",
-    "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes needed_bytes available_bytes",
+    "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes pictures_bytes needed_bytes available_bytes",
 }
 PLUGIN = """
 import time
@@ -197,6 +197,23 @@ def test_bad_starting_points_are_warned_of(tmp_path: Path, check: Checker) -> No
     assert sum(report["model"]["num_parameters"].values()) == sum(each.numel() for each in clip.parameters())
     assert report["model"]["num_trained"] == {"image": 0, "text": 0, "other": 1}
     assert not [each for each in check.report("--train.batch_size", "32")["warnings"] if "eval" in each or "lr" in each]
+
+
+def test_decoded_pictures_that_are_kept_count_on_the_disk_where_they_fit(tmp_path: Path, check: Checker) -> None:
+    for number in range(20):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{i}.png,picture {i}\n" for i in range(20)))
+    words = ("--data.train", "pairs.csv", "--data.val_fraction", "0", "--train.batch_size", "4")
+    without, with_room, without_room = (
+        check.report(*words, "--data.image_cache_gib", gib) for gib in ("0", "1", "0.0001")
+    )
+    whole = 20 * 64 * 48 * 3
+    assert (without["disk"]["pictures_bytes"], with_room["disk"]["pictures_bytes"]) == (0, whole)
+    assert with_room["disk"]["needed_bytes"] - without["disk"]["needed_bytes"] == whole
+    assert without_room["disk"]["needed_bytes"] == without["disk"]["needed_bytes"]
+    told = [line for line in without_room["warnings"] if line.startswith("data.image_cache_gib")]
+    assert len(told) == 1 and "more than 0.0001" in told[0]
+    assert not [line for line in with_room["warnings"] if "image_cache" in line]
 
 
 def test_the_starting_loss_of_siglip_is_that_of_unrelated_features(check: Checker) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from accel_clip.config import Config
-from accel_clip.preflight.facts import DataFacts, ModelFacts, RunFacts, SpeedFacts
+from accel_clip.preflight.facts import DataFacts, DiskFacts, ModelFacts, RunFacts, SpeedFacts
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.5  # of the run
@@ -17,10 +17,16 @@ MANY_CUT = 0.01
 TOO_LARGE = 3  # times the model's side
 WORTH_A_CHANGE = 1.15  # times the rate
 CLOSE = 1.25
+GIB = 2**30
 
 
 def warnings_about(
-    config: Config, run: RunFacts, model: ModelFacts, data: DataFacts | None, speed: SpeedFacts | None
+    config: Config,
+    run: RunFacts,
+    model: ModelFacts,
+    data: DataFacts | None,
+    speed: SpeedFacts | None,
+    disk: DiskFacts | None,
 ) -> list[str]:
     """Return the warnings, the gravest first."""
     found = [*of_length(config, run), *of_training(config, model)]
@@ -28,7 +34,19 @@ def warnings_about(
         found += of_data(config, model, data)
     if data is not None and speed is not None:
         found += of_speed(config, model, data, speed)
+    if disk is not None:
+        found += of_disk(config, disk)
     return found
+
+
+def of_disk(config: Config, disk: DiskFacts) -> Iterator[str]:
+    """Yield what will not be kept for lack of room that was given to it."""
+    room = config.data.image_cache_gib
+    if disk.pictures_bytes > room * GIB:
+        yield (
+            f"data.image_cache_gib: the decoded pictures would take about {disk.pictures_bytes / GIB:.3g} GiB, more "
+            f"than {room:g}: they are decoded in every epoch"
+        )
 
 
 def of_length(config: Config, run: RunFacts) -> Iterator[str]:

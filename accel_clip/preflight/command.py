@@ -69,10 +69,10 @@ def measured(parts: Parts, num_samples: int, seconds: float, problems: Problems)
     if sample is not None and sample.looks and seconds > 0:
         say(f"measuring loader and step for about {seconds:.0f} seconds")
         speed = problems.attempt(partial(measure_speed, parts, sample.looks, seconds))
-    disk = problems.attempt(partial(sections.disk_facts, parts))
+    disk = problems.attempt(partial(sections.disk_facts, parts, sample))
     if disk is not None:
         problems.attempt(partial(limits.refuse_full_disk, disk, parts.config.output_dir))
-    warnings = warnings_about(parts.config, run, model, data, speed)
+    warnings = warnings_about(parts.config, run, model, data, speed, disk)
     return Report(run, model, data, speed, disk, warnings, listed(problems), problems.exit_code)
 
 

@@ -88,12 +88,13 @@ class SpeedFacts:
 
 @dataclass(frozen=True)
 class DiskFacts:
-    """What the run writes at its largest."""
+    """What the run writes at its largest; pictures: decoded ones, if they are to be kept, whether they fit or not."""
 
     checkpoint_bytes: int
     num_checkpoints: int
     export_bytes: int
     features_bytes: int
+    pictures_bytes: int
     needed_bytes: int
     available_bytes: int
 

@@ -104,6 +104,8 @@ def disk_rows(disk: DiskFacts) -> Iterator[Row]:
     yield "export", size_in_words(disk.export_bytes)
     if disk.features_bytes:
         yield "cached features", size_in_words(disk.features_bytes)
+    if disk.pictures_bytes:
+        yield "decoded pictures", f"about {size_in_words(disk.pictures_bytes)}"
     yield "needed", f"{size_in_words(disk.needed_bytes)} of {size_in_words(disk.available_bytes)} free"
 
 

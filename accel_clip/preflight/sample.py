@@ -28,9 +28,13 @@ MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are loo
 
 @dataclass(frozen=True)
 class Look:
-    """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption."""
+    """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption.
+
+    decoded_size: that of what is decoded of the picture for training.
+    """
 
     picture_size: tuple[int, int]
+    decoded_size: tuple[int, int]
     tokens: Tensor
     is_cut: bool
     picture_hash: int
@@ -75,10 +79,11 @@ class Looker:
         """Return what a pair is in the first epoch; raises `UnusableSample` where the loader does."""
         pair = self.source[index]
         caption = choose_caption(pair.captions, self.seed, 0, index, pair.weights)
-        picture_size = self.decoded_size(pair.image)
+        picture_size, decoded_size = self.sizes_of(pair.image)
         tokens = self.tokenizer([caption])[0]
         return Look(
             picture_size,
+            decoded_size,
             tokens,
             is_cut(caption, tokens, self.tokenizer),
             hash_of("picture", self.source.key(index)),
@@ -86,16 +91,16 @@ class Looker:
             numbers_in(pair),
         )
 
-    def decoded_size(self, image: Image | bytes | Path) -> tuple[int, int]:
-        """Return a picture's width and height after decoding it; raises `UnusableSample`."""
+    def sizes_of(self, image: Image | bytes | Path) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return a picture's width and height, and those at which it is decoded; raises `UnusableSample`."""
         sizes: list[tuple[int, int]] = []
 
         def scale_for(width: int, height: int, spare: float) -> int:
             sizes.append((width, height))
             return training_scale(self.size, width, height, spare)
 
-        decode_small(image, self.max_pixels, scale_for)
-        return sizes[0]
+        decoded = decode_small(image, self.max_pixels, scale_for)
+        return sizes[0], decoded.size
 
 
 class Beginning:

@@ -21,6 +21,8 @@ from accel_clip.run_folder import RunFolder
 from accel_clip.timetable import PARTS_WITHOUT_EPOCHS
 
 BYTES_OF_A_FEATURE = 4
+BYTES_OF_A_PIXEL = 3
+GIB = 2**30
 
 
 def run_facts(parts: Parts) -> RunFacts:
@@ -130,22 +132,34 @@ def data_facts(parts: Parts, sample: Sample) -> DataFacts:
     )
 
 
-def disk_facts(parts: Parts) -> DiskFacts:
+def disk_facts(parts: Parts, sample: Sample | None) -> DiskFacts:
     """Return what the run writes: checkpoints, one of them beside those that are kept, the export, cached features."""
     config, clip = parts.config, parts.model.clip
     optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
     checkpoint_bytes = expected_bytes(clip, optimizer)
     num_checkpoints = config.checkpoint.keep + 1 + (config.stop.metric is not None)
     export_bytes = sum(each.nbytes for each in clip.state_dict().values())
-    features_bytes = cached_features_bytes(parts)
+    features_bytes, pictures_bytes = cached_features_bytes(parts), decoded_pictures_bytes(parts, sample)
+    kept = pictures_bytes if pictures_bytes <= config.data.image_cache_gib * GIB else 0
     return DiskFacts(
         checkpoint_bytes=checkpoint_bytes,
         num_checkpoints=num_checkpoints,
         export_bytes=export_bytes,
         features_bytes=features_bytes,
-        needed_bytes=checkpoint_bytes * num_checkpoints + export_bytes + features_bytes,
+        pictures_bytes=pictures_bytes,
+        needed_bytes=checkpoint_bytes * num_checkpoints + export_bytes + features_bytes + kept,
         available_bytes=available_bytes(Path(config.output_dir)),
     )
+
+
+def decoded_pictures_bytes(parts: Parts, sample: Sample | None) -> int:
+    """Return about what the decoded pictures take where they are to be kept, judged by a sample; every pair counts."""
+    if not parts.config.data.image_cache_gib or sample is None or not sample.looks:
+        return 0
+    sizes = [look.decoded_size for look in sample.looks]
+    if parts.config.data.augmentation == "none":
+        sizes = [model_size(parts.model.preprocess_config["size"])]
+    return round(BYTES_OF_A_PIXEL * sum(map(math.prod, sizes)) / len(sizes) * (parts.data.num_pairs or 0))
 
 
 def cached_features_bytes(parts: Parts) -> int:
