@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,12 @@ def stamps() -> Path:
     if not (folder / "captions.csv").is_file():
         pytest.skip("the stamps are not here")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_precision_left() -> Iterator[None]:
+    """Forget the precision of a test's run, which the next `Accelerator()` of the process would take over."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        state.AcceleratorState._reset_state(reset_partial_state=True)
