@@ -214,3 +214,11 @@ def test_parts_are_read_in_as_many_lanes_whatever_the_number_of_processes(weight
         for wanted, part in zip((one, two), feed.streams, strict=True):
             assert part.num_lanes >= 8 and abs(part.num_pairs - 256 * wanted / sum(weights)) <= 8
     assert len(found) == 1
+
+
+def test_too_few_shards_for_the_processes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for num_shards, num_processes, told in ((10, 8, True), (16, 8, False), (1, 1, False), (3, 1, False)):
+        opened = Opened(None, None, 0.0, [(Shards([9] * num_shards), 1.0)], None)
+        feed_of(opened, batch_size=64, num_processes=num_processes)
+        said = capsys.readouterr().err
+        assert ("has 10 shards for 8 lanes" in said and "write it as 16 shards or more" in said) == told, said

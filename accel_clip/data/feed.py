@@ -9,10 +9,11 @@ from math import ceil
 from typing import Any
 
 from accel_clip.config import Config, DataConfig, TrainConfig
+from accel_clip.console import say
 from accel_clip.data.batch import joined
 from accel_clip.data.examples import Preparation
 from accel_clip.data.feed_parts import Batches, FetchedPart, Part, Seat, StreamPart
-from accel_clip.data.lanes import MOST_LANES, choose_num_lanes
+from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, choose_num_lanes
 from accel_clip.data.mixture import (
     describe_batch,
     listed,
@@ -22,7 +23,7 @@ from accel_clip.data.mixture import (
 )
 from accel_clip.data.order import check_divisible
 from accel_clip.data.pairs import Opened
-from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.base import Source, Stream
 from accel_clip.data.sources.combine import part_names, told_apart
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import derive_seed
@@ -130,9 +131,20 @@ def build_feed(opened: Opened, config: Config, num_processes: int) -> Feed:
     names = told_apart([*fetched_names, *(stream.name for stream, _ in opened.streams)])[len(fetched_names) :]
     for number, ((stream, _), name, num_pairs) in enumerate(zip(opened.streams, names, of_streams, strict=True)):
         num_lanes = choose_num_lanes(stream, num_pairs, num_processes)
+        warn_of_few_shards(stream, num_lanes)
         window = ceil(config.data.shuffle_buffer / num_lanes)
         parts.append(StreamPart(stream, name, num_pairs, num_lanes, window, derive_seed(seed, "stream", number)))
     return Feed(parts, config.data)
+
+
+def warn_of_few_shards(stream: Stream, num_lanes: int) -> None:
+    """Say when lanes have so few shards that some pairs are shown much more often than others."""
+    enough = SHARDS_OF_A_LANE * num_lanes
+    if num_lanes > 1 and stream.num_shards < enough:
+        say(
+            f"warning: {stream.name} has {stream.num_shards} shards for {num_lanes} lanes, so pairs in short ones are "
+            f"shown more often: write it as {enough} shards or more, or start fewer processes"
+        )
 
 
 def require_known_pairs(opened: Opened, config: Config) -> None:

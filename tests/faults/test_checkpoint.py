@@ -395,7 +395,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("manifest.json", truncate, "manifest.json is not JSON"),
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
     ("manifest.json", lambda file: file.write_text("[]"), "manifest.json lacks"),
-    ("manifest.json", change_manifest(format=2), "its format is 2 and this version reads 1"),
+    ("manifest.json", change_manifest(format=99), "its format is 99 and this version reads 2"),
     ("manifest.json", change_manifest(step=None), "manifest.json lacks"),
     ("manifest.json", change_manifest(step=8), "it holds step 8"),
     ("manifest.json", change_manifest(files={}), "does not list the files"),
