@@ -69,7 +69,7 @@ def check_transforms(config: Config) -> None:
     from open_clip.model import CLIPVisionCfg
     from open_clip.transform import PreprocessCfg
 
-    from accel_clip.data.transforms import build_transforms
+    from accel_clip.data.transforms import build_transforms, try_out
     from accel_clip.models.build import registered_name, resolved_config
     from accel_clip.network import go_offline_without_hub
 
@@ -77,4 +77,7 @@ def check_transforms(config: Config) -> None:
     if name.startswith("hf-hub:"):
         go_offline_without_hub()
     vision = resolved_config(name, config.model.options)["vision_cfg"]
-    build_transforms(config.data.transforms, vision.get("image_size", CLIPVisionCfg.image_size), PreprocessCfg.mean)
+    size = vision.get("image_size", CLIPVisionCfg.image_size)
+    transforms = build_transforms(config.data.transforms, size, PreprocessCfg.mean)
+    assert transforms is not None, "they are checked where there are some"
+    try_out(transforms, size)

@@ -8,6 +8,9 @@ from typing import Any
 
 from accel_clip.faults import ConfigError
 
+GIB = 2**30
+"""bytes in the unit of settings that end in _gib"""
+
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
     """Raise `ConfigError` naming the setting, its value and the rule unless the rule holds."""

@@ -136,6 +136,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
+def one_line(error: Exception, most: int = 400) -> str:
+    """Return an error's text on one line of at most so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " …"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean 'x'?` for the known name closest to `name`, or an empty string."""
     originals = {entry.lower(): entry for entry in known}

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from accel_clip.chunks import Plan
-from accel_clip.config import TrainConfig
+from accel_clip.config import GIB, TrainConfig
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
 from accel_clip.models.anatomy import Anatomy
@@ -36,7 +36,6 @@ PROBE_ROWS = (2, 4)  # a graph's size is computed from these; on a CPU too large
 COST_OF_A_GROUP = {"cpu": 32}  # tokens; measured on two cores with 4 layers of width 256
 COST_OF_A_GROUP_ON_A_DEVICE = 8192  # a few hundred kernels, each at least as long as its start takes
 STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float32, which come after the trial
-GIB = 2**30
 
 
 @dataclass(frozen=True)

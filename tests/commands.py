@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,3 +64,9 @@ def small_model(folder: Path) -> str:
     file = folder / "small.json"
     file.write_text(SMALL_MODEL)
     return str(file)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Return the training losses in a run's folder, in their order."""
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [point["loss"] for point in points if "loss" in point]

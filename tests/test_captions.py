@@ -16,6 +16,7 @@ import torch
 from commands import CPU_2, launch, small_model
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
+from stand_ins import NoNumberAtFifth
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -258,16 +259,7 @@ def test_the_count_goes_on_where_a_run_was_stopped(table: Path, tmp_path: Path) 
 
 
 def test_the_count_goes_on_past_the_batches_that_a_rollback_leaves(table: Path, tmp_path: Path) -> None:
-    class NoNumberAt:
-        def __init__(self) -> None:
-            self.number = -1
-
-        def __call__(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-            self.number += image_features.requires_grad
-            loss = -(image_features * text_features).sum(dim=-1).mean()
-            return loss * math.nan if self.number == 4 else loss
-
-    LOSSES._entries["test_nan_once"] = Entry("test_nan_once", NoNumberAt, (), "")
+    LOSSES._entries["test_nan_once"] = Entry("test_nan_once", NoNumberAtFifth, (), "")
     try:
         config = config_for(table, tmp_path / "run", loss=LossConfig("test_nan_once"))
         config = replace(config, train=replace(config.train, non_finite="rollback"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from commands import CPU_2, launch, small_model, train_py
+from commands import CPU_2, launch, losses_of, small_model, train_py
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -306,11 +305,6 @@ def flags_of(table: Path, side: str, output: str, cached: bool, *more: str) -> l
         "track.every": "1",
     }
     return [word for key, value in flags.items() for word in (f"--{key}", value)] + list(more)
-
-
-def losses_of(folder: Path) -> list[float]:
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [point["loss"] for point in points if "loss" in point]
 
 
 RUNS = [("image", ()), ("text", ()), ("image", ("--train.micro_batch_size=3",)), ("image", ("--train.precision=bf16",))]

@@ -21,6 +21,7 @@ import pytest
 import torch
 from commands import CPU_2, launch, small_model
 from PIL import Image
+from stand_ins import NoNumberAtFifth
 
 from accel_clip import Config, cli, train
 from accel_clip.command_line import load_config, parse_config, save_config
@@ -473,18 +474,7 @@ def test_sources_without_weights_are_counted_too_and_accumulated_batches_add_up(
 
 
 def test_counts_go_on_past_the_batches_that_a_rollback_leaves(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoNumberAt:
-        """A loss that is no number in its fifth training step; before the first it is called once, for a trial."""
-
-        def __init__(self) -> None:
-            self.number = -1
-
-        def __call__(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-            self.number += image_features.requires_grad
-            loss = -(image_features * text_features).sum(dim=-1).mean()
-            return loss * math.nan if self.number == 4 else loss
-
-    monkeypatch.setitem(LOSSES._entries, "no number", Entry("no number", NoNumberAt, (), ""))
+    monkeypatch.setitem(LOSSES._entries, "no number", Entry("no number", NoNumberAtFifth, (), ""))
     settings = TrainConfig(batch_size=8, steps=6, threads=1, non_finite="rollback")
     config = config_for(tables, "run", train=settings, loss=LossConfig("no number"))
     train(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from commands import CPU_2, launch, small_model, train_py
+from commands import CPU_2, launch, losses_of, small_model, train_py
 from PIL import Image
 
 from accel_clip import Config, train
@@ -408,11 +407,6 @@ def flags_of(table: Path, output: str, room: float, *more: str) -> list[str]:
         "track.every": "1",
     }
     return [word for key, value in flags.items() for word in (f"--{key}", value)] + list(more)
-
-
-def losses_of(folder: Path) -> list[float]:
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [point["loss"] for point in points if "loss" in point]
 
 
 def test_a_run_with_the_cache_is_the_run_without_it_also_when_it_was_killed(

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import numpy
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.faults import DataError, StorageError
 from accel_clip.run_folder import write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Fingerprint = dict[str, str | int | float]
 

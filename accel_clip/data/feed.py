@@ -43,6 +43,11 @@ class Feed:
         return None if self.streams or self.fetched is None else self.fetched.source
 
     @property
+    def num_samples(self) -> int:
+        """Return how many pairs can be fetched by their number."""
+        return 0 if self.fetched is None else self.fetched.order.num_samples
+
+    @property
     def batches_per_epoch(self) -> int | None:
         """Return the number of contrastive batches in an epoch, None where there are streams."""
         return None if self.streams or self.fetched is None else self.fetched.order.batches_per_epoch
@@ -93,16 +98,14 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells whether the data is the same, and where streams stand, as plain JSON; collective."""
-        num_samples = 0 if self.fetched is None else self.fetched.order.num_samples
-        return {"num_samples": num_samples, "streams": [part.state_dict() for part in self.streams]}
+        return {"num_samples": self.num_samples, "streams": [part.state_dict() for part in self.streams]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; raises `ConfigError` when the data is another."""
-        num_samples = 0 if self.fetched is None else self.fetched.order.num_samples
-        if state["num_samples"] != num_samples:
+        if state["num_samples"] != self.num_samples:
             raise ConfigError(
                 f"data.train: the run began with {state['num_samples']} samples and now there are "
-                f"{num_samples}: bring the data back, or name another output_dir"
+                f"{self.num_samples}: bring the data back, or name another output_dir"
             )
         if len(state["streams"]) != len(self.streams):
             raise ConfigError(

@@ -14,9 +14,7 @@ from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.lanes import Mark
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
-from accel_clip.data.mixture import (
-    pairs_in_batch,
-)
+from accel_clip.data.mixture import pairs_in_batch
 from accel_clip.data.order import BatchOrder
 from accel_clip.data.sources.base import Source, Stream
 from accel_clip.data.sources.combine import count_by_part
@@ -69,7 +67,7 @@ class FetchedPart:
     @property
     def pairs_in_batch(self) -> Mapping[str, float]:
         """Return how many pairs of a batch come from each source."""
-        return pairs_in_batch(self.source, self.order) or {self.source.name: self.num_pairs}
+        return pairs_in_batch(self.source, self.order)
 
     def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that are named."""
@@ -77,7 +75,7 @@ class FetchedPart:
         pairs = TrainingPairs(self.source, self.order, preparation)
         with closing(iterate(pairs, places, data, seat.num_workers, seat.pin_memory)) as loaded:
             for batch in loaded:
-                counts = count_by_part(self.source, batch.sample.numpy()) or {self.source.name: len(batch)}
+                counts = count_by_part(self.source, batch.sample.numpy())
                 yield replace(batch, num_pairs=counts)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 
 from accel_clip.data.bad_samples import MISSING, UnusableSample
@@ -84,7 +85,7 @@ class Lane:
     def give_epoch(self, mark: Mark) -> Iterator[Given]:
         """Yield the rest of an epoch."""
         items = self.read_epoch(mark)
-        window = list(read_at_most(items, self.window))
+        window = list(islice(items, self.window))
         if not window and (mark.shard, mark.start) == (0, 0):
             raise DataError(f"{self.stream.name}: nothing can be read from the shards {shown(self.shards)}")
         while window:
@@ -94,8 +95,8 @@ class Lane:
                     continue
                 read = window[number]
                 yield Given(read.item, read.shard, replace(mark, taken=taken + 1))
-                following.extend(read_at_most(items, 1))
-            following.extend(read_at_most(items, self.window - len(following)))
+                following.extend(islice(items, 1))
+            following.extend(islice(items, self.window - len(following)))
             last = window[-1]
             mark = Mark(self.number, mark.epoch, last.place, last.item.end, share=last.place / len(self.shards))
             window = following
@@ -125,15 +126,6 @@ class Lane:
         order = list(range(length))
         Random(derive_seed(self.seed, "window", mark.epoch, self.number, mark.shard, mark.start)).shuffle(order)
         return order
-
-
-def read_at_most(items: Iterator[Read], number: int) -> Iterator[Read]:
-    """Yield up to so many of the next items."""
-    for _ in range(number):
-        item = next(items, None)
-        if item is None:
-            return
-        yield item
 
 
 def is_lost(last: Streamed | None) -> bool:

@@ -131,6 +131,13 @@ def end_workers() -> None:
             worker.kill()
 
 
+def usable_or_raise(loaded: Any) -> Any:
+    """Return what a worker loaded, unless it is an error that ends the run."""
+    if isinstance(loaded, DataError):
+        raise UnusableData(str(loaded)) from loaded
+    return loaded
+
+
 @contextmanager
 def memory_shared() -> Iterator[None]:
     """Keep garbage collection off what there is before a block, in which workers share it: it would copy their pages.
@@ -168,6 +175,4 @@ def iterate(
     loader = DataLoader(pairs, batch_sampler=places, collate_fn=collate, pin_memory=pin_memory, **settings)
     with recognised(), memory_shared():
         for item in loader:
-            if isinstance(item, DataError):
-                raise UnusableData(str(item)) from item
-            yield item
+            yield usable_or_raise(item)

@@ -161,9 +161,9 @@ def unit_of_second_digit(number: float) -> float:
 
 
 def pairs_in_batch(source: Source, order: BatchOrder) -> dict[str, float]:
-    """Return how many pairs of each source a batch holds, on average where it varies; empty for one source."""
-    if not isinstance(source, Concatenated) or len(source.sources) == 1:
-        return {}
+    """Return how many pairs of each source that was put together a batch holds, on average where it varies."""
+    if not isinstance(source, Concatenated):
+        return {source.name: float(order.batch_size)}
     if isinstance(order, Mixture):
         numbers = [float(part.batch_size) for part in order.parts]
     else:
@@ -174,7 +174,7 @@ def pairs_in_batch(source: Source, order: BatchOrder) -> dict[str, float]:
 def describe_batch(source: Source, order: BatchOrder) -> str | None:
     """Return what a batch holds of each of several sources as a sentence, None for one source."""
     held = pairs_in_batch(source, order)
-    if not held:
+    if len(held) < 2:
         return None
     average = "" if isinstance(order, Mixture) else "on average "
     return f"a batch holds {average}{listed(held)}"

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from accel_clip.console import is_first_process, say
-from accel_clip.data.bad_samples import UnusableData, UnusableSample
+from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.cache_folder import CacheFolder, Fingerprint
 from accel_clip.data.captions import hash_of
-from accel_clip.data.loader import worker_settings
+from accel_clip.data.loader import usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.faults import DataError
 
@@ -112,13 +112,6 @@ def collate(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
     usable = {row: each for row, each in enumerate(loaded) if isinstance(each, Tensor)}
     problems = {row: each for row, each in enumerate(loaded) if isinstance(each, UnusableSample)}
     return LoadedChunk(join(list(usable.values())) if usable else None, list(usable), problems)
-
-
-def usable_or_raise(loaded: Any) -> Any:
-    """Return what was loaded, unless it is an error that ends the run."""
-    if isinstance(loaded, DataError):
-        raise UnusableData(str(loaded)) from loaded
-    return loaded
 
 
 def fingerprint_of(source: Source, items: Items) -> Fingerprint:

@@ -21,12 +21,13 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from accel_clip.checkpoint.storage import available_bytes
-from accel_clip.config import Config
+from accel_clip.config import GIB, Config
 from accel_clip.console import say
 from accel_clip.data.augmentation import TRAINING_CROP_RATIO, TRAINING_CROP_SCALE
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.cache_folder import Fingerprint, remove
 from accel_clip.data.examples import preparation_for
+from accel_clip.data.loader import usable_or_raise
 from accel_clip.data.once import (
     DifferentPictures,
     LoadedChunk,
@@ -34,7 +35,6 @@ from accel_clip.data.once import (
     load,
     must_build,
     say_unusable,
-    usable_or_raise,
 )
 from accel_clip.data.picture_cache import PictureCache, PictureWriter
 from accel_clip.data.sources.base import Source
@@ -42,7 +42,6 @@ from accel_clip.faults import StorageError
 from accel_clip.models.build import ClipModel
 from accel_clip.processes import num_local_processes
 
-GIB = 2**30
 NUM_TO_ESTIMATE = 64
 PICTURES_AT_ONCE = 16  # what a worker hands over in one piece: a few MB of shared memory
 

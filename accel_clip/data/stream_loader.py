@@ -9,11 +9,11 @@ from math import ceil
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from accel_clip.config import DataConfig
-from accel_clip.data.bad_samples import BadSample, UnusableData, UnusableSample, too_few_usable
+from accel_clip.data.bad_samples import BadSample, UnusableSample, too_few_usable
 from accel_clip.data.batch import Batch, joined
 from accel_clip.data.examples import Example, Preparation, batch_of
 from accel_clip.data.lanes import Given, Lane, Mark
-from accel_clip.data.loader import memory_shared, worker_settings
+from accel_clip.data.loader import memory_shared, usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Stream
 from accel_clip.faults import DataError, recognised
 from accel_clip.randomness import derive_seed
@@ -107,15 +107,8 @@ def iterate_stream(
     with recognised(), memory_shared():
         items = iter(loader)
         while True:
-            whole = joined([require_part(next(items)) for _ in range(num_lanes)])
+            whole = joined([usable_or_raise(next(items)) for _ in range(num_lanes)])
             yield whole.pin_memory() if pin_memory else whole
-
-
-def require_part(item: Batch | DataError) -> Batch:
-    """Return a part of a batch; raises the error that a worker gave instead."""
-    if isinstance(item, DataError):
-        raise UnusableData(str(item)) from item
-    return item
 
 
 def most_dividing(number: int, most: int) -> int:

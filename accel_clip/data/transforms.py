@@ -16,7 +16,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from torch import Tensor
 from torchvision.transforms import v2
 
-from accel_clip.faults import ConfigError, nearest
+from accel_clip.faults import ConfigError, nearest, one_line
 from accel_clip.randomness import seeded_everywhere
 
 Pixels: TypeAlias = Callable[[Tensor], Tensor]
@@ -30,6 +30,7 @@ POLICIES = {"rand": ("m", "n", "p", "mstd", "mmax", "inc"), "augmix": ("m", "w",
 """What timm's policy strings begin with, and which numbers follow; it passes over what it does not know."""
 RAND_CHOICES = ("tweights", "t3a", "t3aw")
 NUM_TRIALS = 16  # of each; what changes the size every other time gets through once in 65,000 runs
+LONGEST_REASON = 200  # characters
 RULE = "it must keep 8-bit pixels [3, H, W] of the model's size; mean and std are applied afterwards"
 
 
@@ -50,29 +51,29 @@ class Transforms:
 def build_transforms(
     items: Sequence[str | Mapping[str, Any]], size: int | Sequence[int], mean: Sequence[float]
 ) -> Transforms | None:
-    """Return the augmentations of `data.transforms`, each of them tried, or None without any.
+    """Return the augmentations of `data.transforms`, or None without any; `try_out` tells whether they keep the pixels.
 
     size: of the model, one number or height and width; mean: of its pictures, 3 numbers in [0, 1], the colour that
-    timm's policies fill with. Raises `ConfigError` for an unknown name or option and for what does not keep the pixels.
+    timm's policies fill with. Raises `ConfigError` for an unknown name or option.
     """
     if not items:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     build = partial(built, hints=policy_hints(min(height, width), mean))
     steps = {f"data.transforms: number {place}, {name_of(item)}": build(item) for place, item in enumerate(items, 1)}
-    example = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, step in steps.items():
-        try_out(name, step, example)
     return Transforms(steps)
 
 
-def try_out(name: str, step: Pixels, example: Tensor) -> None:
+def try_out(transforms: Transforms, size: int | Sequence[int]) -> None:
     """Raise `ConfigError` for a step that does not keep size and type of pixels, or changes those that it is given."""
-    for seed in range(NUM_TRIALS):
-        given = example.clone()
-        Transforms({name: step})(given, seed)
-        if not torch.equal(given, example):
-            raise ConfigError(f"{name}: it changes a picture in place: leave the option 'inplace' out")
+    height, width = (size, size) if isinstance(size, int) else size
+    example = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, step in transforms.steps.items():
+        for seed in range(NUM_TRIALS):
+            given = example.clone()
+            Transforms({name: step})(given, seed)
+            if not torch.equal(given, example):
+                raise ConfigError(f"{name}: it changes a picture in place: leave the option 'inplace' out")
 
 
 def applied(name: str, step: Pixels, pixels: Tensor) -> Tensor:
@@ -80,7 +81,9 @@ def applied(name: str, step: Pixels, pixels: Tensor) -> Tensor:
     try:
         result: Any = step(pixels)
     except Exception as error:  # whatever a library, or an option that it did not look at, may raise
-        raise ConfigError(f"{name}: it cannot be applied to a picture: {one_line(error)}; {RULE}") from error
+        raise ConfigError(
+            f"{name}: it cannot be applied to a picture: {one_line(error, LONGEST_REASON)}; {RULE}"
+        ) from error
     if type(result) is not Tensor or (result.dtype, result.shape) != (pixels.dtype, pixels.shape):
         raise ConfigError(f"{name}: it makes {described(result)} of {described(pixels)}: {RULE}")
     return result
@@ -132,7 +135,7 @@ def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[
     try:
         transform: Pixels = made(**given)
     except (TypeError, ValueError, LookupError) as error:
-        raise ConfigError(f"data.transforms: {name}: {one_line(error)}") from error
+        raise ConfigError(f"data.transforms: {name}: {one_line(error, LONGEST_REASON)}") from error
     return transform
 
 
@@ -199,7 +202,9 @@ def policy(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> C
             return augment_and_mix_transform(name, {**hints, "translate_pct": 0.3})
         return auto_augment_transform(name, dict(hints))
     except (AssertionError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"data.transforms: '{name}' is no policy that timm knows: {one_line(error)}") from error
+        raise ConfigError(
+            f"data.transforms: '{name}' is no policy that timm knows: {one_line(error, LONGEST_REASON)}"
+        ) from error
 
 
 def require_section(name: str, kind: str, section: str) -> None:
@@ -221,9 +226,3 @@ def described(value: Any) -> str:
     if type(value) is not Tensor:
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text on one line of readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " …"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
-from accel_clip.faults import ConfigError, DataError, nearest
+from accel_clip.faults import ConfigError, DataError, nearest, one_line
 from accel_clip.network import go_offline_without_hub
 
 TINY = Path(__file__).parent / "tiny.json"
@@ -294,9 +294,3 @@ def initialise_decoder(clip: Any) -> None:
     decoder = getattr(clip, "text_decoder", None)
     if decoder is not None:
         torch.nn.init.normal_(decoder.text_projection, std=len(decoder.text_projection) ** -0.5)
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text on one line of readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:400] + " …"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from accel_clip.config import Config
+from accel_clip.config import GIB, Config
 from accel_clip.preflight.facts import DataFacts, DiskFacts, ModelFacts, RunFacts, SpeedFacts
 
 FEW_STEPS = 100
@@ -17,7 +17,6 @@ MANY_CUT = 0.01
 TOO_LARGE = 3  # times the model's side
 WORTH_A_CHANGE = 1.15  # times the rate
 CLOSE = 1.25
-GIB = 2**30
 
 
 def warnings_about(

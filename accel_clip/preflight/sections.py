@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from accel_clip.checkpoint.snapshot import expected_bytes
 from accel_clip.checkpoint.storage import available_bytes
+from accel_clip.config import GIB
 from accel_clip.data.bad_samples import REASONS
 from accel_clip.models.names import matches
 from accel_clip.plan import STATE_BYTES, free_for_graphs, graph_bytes
@@ -22,7 +23,6 @@ from accel_clip.timetable import PARTS_WITHOUT_EPOCHS
 
 BYTES_OF_A_FEATURE = 4
 BYTES_OF_A_PIXEL = 3
-GIB = 2**30
 
 
 def run_facts(parts: Parts) -> RunFacts:

@@ -104,9 +104,9 @@ def told_apart(names: Iterable[str]) -> list[str]:
 
 
 def count_by_part(source: Source, samples: numpy.ndarray) -> dict[str, int]:
-    """Return how many of some samples, int64 [n], each of several sources holds, by name; empty for one source."""
-    if not isinstance(source, Concatenated) or len(source.sources) == 1:
-        return {}
+    """Return how many of some samples, int64 [n], each source that was put together holds, by name."""
+    if not isinstance(source, Concatenated):
+        return {source.name: len(samples)}
     numbers = numpy.searchsorted(source.ends, samples, side="right")
     counts = numpy.bincount(numbers, minlength=len(source.ends))
     return dict(zip(part_names(source), counts.tolist(), strict=True))
