@@ -16,7 +16,9 @@ from jsonargparse import ArgumentParser, Namespace, namespace_to_dict, set_parsi
 
 from accel_clip.config import Config
 from accel_clip.faults import ConfigError, StorageError, nearest
+from accel_clip.files.whole import write_text
 from accel_clip.redaction import texts_in
+from accel_clip.run_folder import CONFIG_MARK
 
 HELP = ("-h", "--help")
 MOST_BYTES = 1 << 18  # of a --config file, whose settings fill a few thousand; the reader needs seconds for more
@@ -53,11 +55,20 @@ def load_config(file: Path | str) -> Config:
     return parse_config(["--config", str(file)], "accel-clip", "")
 
 
+def config_of(settings: dict[str, Any]) -> Config:
+    """Return the settings that `Config.to_dict` gave; raises `ConfigError` for others."""
+    parser = build_parser("accel-clip", "")
+    try:
+        return config_from(parser, parser.parse_object(settings, cfg_base=parser.get_defaults()))
+    except (ArgumentError, RecursionError) as error:
+        raise ConfigError(one_line(str(error))) from error
+
+
 def save_config(config: Config, file: Path) -> None:
-    """Write the resolved settings so that `load_config` gives them back; raises `StorageError`."""
+    """Replace a file by the resolved settings, so that `load_config` gives them back; raises `StorageError`."""
     text = yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     try:
-        file.write_text(text, encoding="utf-8")
+        write_text(file, CONFIG_MARK + text)
     except OSError as error:
         raise StorageError(f"{file}: {error}") from error
 

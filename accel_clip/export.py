@@ -3,62 +3,120 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accel_clip.checkpoint.find import find_best, find_whole
+from accel_clip.checkpoint.manifest import Checkpoint
+from accel_clip.checkpoint.restore import load_json, load_weights
+from accel_clip.checkpoint.snapshot import STATE
+from accel_clip.command_line import load_config
 from accel_clip.config import ModelConfig
+from accel_clip.console import say
 from accel_clip.faults import ConfigError, DataError, StorageError
-from accel_clip.models.build import ClipModel, build_model
+from accel_clip.files.lock import LOCK
+from accel_clip.files.marked import MARK, Draft, require_own, settle
+from accel_clip.models.build import ClipModel, build_model, tokenizer_of
+from accel_clip.run_folder import EXPORT, RunFolder
+from accel_clip.run_state import RunState
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 METRICS = "metrics.json"
+CARD = "README.md"
+OF_THE_MODEL = "clip."  # what a checkpoint puts before the names of the model's weights
 
 
-def export_model(folder: Path, model: ClipModel, weights: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
+@dataclass(frozen=True)
+class Exported:
+    """What an export holds: weights by open_clip's names, and everything that says how they are used."""
+
+    weights: Mapping[str, Tensor]
+    model_config: Mapping[str, Any]
+    preprocess_config: Mapping[str, Any]
+    tokenizer: object
+    metrics: Mapping[str, float]
+    """What the model card says of the model."""
+
+
+def exported_model(model: ClipModel, metrics: Mapping[str, float]) -> Exported:
+    """Return a model as it is now as an export."""
+    return Exported(copy_of_weights(model), model.model_config, model.preprocess_config, model.tokenizer, metrics)
+
+
+def write_export(folder: Path, exported: Exported) -> None:
     """Write the folder; equal weights give equal bytes of `open_clip_model.safetensors`.
 
-    metrics: what the model card says of the model. A folder that is there is replaced once the new one is whole. Raises
-    `StorageError` when it cannot be written.
+    A folder that is there is replaced once the new one is whole. Raises `StorageError` when it cannot be written.
     """
-    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    config = {"model_cfg": exported.model_config, "preprocess_cfg": exported.preprocess_config}
     try:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir(parents=True)
-        save_file(plain_tensors(weights), new / WEIGHTS)
-        config = {"model_cfg": model.model_config, "preprocess_cfg": model.preprocess_config}
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (new / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
-        if hasattr(model.tokenizer, "save_pretrained"):  # tokenizers from the hub; open_clip's own needs no files
-            model.tokenizer.save_pretrained(str(new))
-        model_card(folder.parent.name, metrics).save(new / "README.md")
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with Draft(folder, EXPORT) as draft:
+            save_file(plain_tensors(exported.weights), draft.path / WEIGHTS)
+            (draft.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (draft.path / METRICS).write_text(json.dumps(dict(exported.metrics), indent=2) + "\n", encoding="utf-8")
+            if hasattr(exported.tokenizer, "save_pretrained"):  # those from the hub; open_clip's own needs no files
+                exported.tokenizer.save_pretrained(str(draft.path))
+            model_card(folder.absolute().parent.name, exported.metrics).save(draft.path / CARD)
+            draft.publish(editable=(CARD, CONFIG, METRICS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise StorageError(f"{folder}: the export could not be written: {error}") from error
 
 
-def export_run(run: Path, folder: Path | None) -> Path:
-    """Write a run's exported model again, by default in place, with the metrics that were measured of it.
+def export_run(run: Path, to: Path | None) -> Path:
+    """Write the model of a run, finished or stopped, as an export, by default into the run's folder, and return where.
 
-    Raises `ConfigError` for a folder that holds no finished run.
+    It is that of the best checkpoint where the run watches a metric, else of the newest; of the export that is there
+    where no checkpoint is left. Raises `ConfigError` for a folder that holds neither, and for a place that holds
+    anything but an export.
     """
-    source = run / "export"
-    if not (source / WEIGHTS).is_file():
-        raise ConfigError(f"{run} holds no exported model ({source / WEIGHTS} is missing): name the folder of a run")
-    model = build_model(ModelConfig(name=f"local-dir:{source}"))
-    target = folder or source
-    export_model(target, model, copy_of_weights(model), read_metrics(source))
-    return target
+    paths = RunFolder(run)
+    folder = to or paths.export
+    with paths.lock:
+        if to is None and run.is_dir():
+            paths.own()
+        if not folder.is_symlink() or folder.exists():
+            settle(folder.resolve().parent, folder.resolve())
+        require_own(folder, EXPORT, "output_dir" if to is None else "--to")
+        write_export(folder, model_of_run(paths))
+    return folder
+
+
+def model_of_run(paths: RunFolder) -> Exported:
+    """Return the model of a run from its checkpoints, or from its export where none is left."""
+    watches = paths.holds_run() and load_config(paths.config).stop.metric is not None
+    best = find_best(paths.checkpoints) if watches else None
+    checkpoint = best or find_whole(paths.checkpoints)
+    if checkpoint is not None:
+        say(f"the {'newest' if best is None else 'best'} checkpoint: {checkpoint.path}")
+        return model_in(checkpoint, is_best=best is not None)
+    if not (paths.export / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{paths.path} holds no checkpoint that is whole, and no exported model: name the folder of a run"
+        )
+    model = build_model(ModelConfig(name=f"local-dir:{paths.export}"))
+    return exported_model(model, read_metrics(paths.export))
+
+
+def model_in(checkpoint: Checkpoint, is_best: bool) -> Exported:
+    """Return the model in a checkpoint, with what was measured of just these weights."""
+    state = load_json(checkpoint, STATE)
+    described, run = state["model"], RunState(**state["run"])
+    measured = run.best_metrics if is_best else (run.metrics if run.evaluated_step == run.step else None)
+    weights = {
+        name.removeprefix(OF_THE_MODEL): tensor
+        for name, tensor in load_weights(checkpoint).items()
+        if name.startswith(OF_THE_MODEL)
+    }
+    tokenizer = tokenizer_of(ModelConfig(**state["config"]["model"]))
+    return Exported(weights, described["model_config"], described["preprocess_config"], tokenizer, measured or {})
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -97,10 +155,10 @@ def model_card(name: str, metrics: Mapping[str, float]) -> ModelCard:
         eval_results=results or None,
     )
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + CARD.format(name=name, rows=rows))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + CARD_TEXT.format(name=name, rows=rows))
 
 
-CARD = """
+CARD_TEXT = """
 # {name}
 
 A CLIP model trained with accel_clip.
@@ -126,6 +184,6 @@ def push_to_hub(folder: Path, repository: str) -> str:
     try:
         interface = HfApi()
         interface.create_repo(repository, exist_ok=True)
-        return str(interface.upload_folder(repo_id=repository, folder_path=folder))
+        return str(interface.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[MARK, LOCK]))
     except (HfHubHTTPError, OSError) as error:
         raise DataError(f"--push {repository}: {error}") from error

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 from accel_clip.command_line import load_config
-from accel_clip.faults import ConfigError
+from accel_clip.faults import ConfigError, StorageError
+from accel_clip.files.whole import write_bytes
 from accel_clip.run_folder import RunFolder
+
+SOFTWARE = "accel_clip"
+"""What a PNG of ours says it was made by; another one is not replaced."""
 
 PANELS = (
     ("loss", ("loss", "val/loss")),
@@ -21,13 +26,39 @@ def plot_run(run: Path, folder: Path) -> list[Path]:
     """Write `curves.png` and `retrieval.png` for a run and return them.
 
     The run's model and held-out part are opened again for the retrieval examples. Raises `ConfigError` for a folder
-    that holds no finished run, and where matplotlib is missing.
+    that holds no finished run, for a picture there that is not one of ours, and where matplotlib is missing.
     """
     paths = RunFolder(run)
     if not paths.metrics.is_file() or not paths.export.is_dir():
         raise ConfigError(f"{run} holds no finished run: name the folder of a run")
+    for name in ("curves.png", "retrieval.png"):
+        require_own_picture(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     return [plot_curves(paths.metrics, folder / "curves.png"), plot_retrieval(paths, folder / "retrieval.png")]
+
+
+def require_own_picture(picture: Path) -> None:
+    """Raise `ConfigError` where a picture that we have not drawn would be replaced."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not picture.exists():
+        return
+    try:
+        with Image.open(picture) as opened:
+            is_own = opened.info.get("Software") == SOFTWARE
+    except (OSError, UnidentifiedImageError):
+        is_own = False
+    if not is_own:
+        raise ConfigError(f"--to: {picture} is not a plot of ours: move it away, or name another folder")
+
+
+def write_picture(picture: Path, png: BytesIO) -> Path:
+    """Replace a picture in one go and return it; raises `StorageError`."""
+    try:
+        write_bytes(picture, png.getvalue())
+    except OSError as error:
+        raise StorageError(f"{picture}: {error}") from error
+    return picture
 
 
 def plot_curves(metrics: Path, picture: Path) -> Path:
@@ -47,8 +78,9 @@ def plot_curves(metrics: Path, picture: Path) -> Path:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(fontsize="small")
-    figure.savefig(picture, dpi=110)
-    return picture
+    png = BytesIO()
+    figure.savefig(png, dpi=110, format="png", metadata={"Software": SOFTWARE})
+    return write_picture(picture, png)
 
 
 def plot_retrieval(paths: RunFolder, picture: Path) -> Path:
@@ -56,6 +88,7 @@ def plot_retrieval(paths: RunFolder, picture: Path) -> Path:
     from dataclasses import replace
 
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from accel_clip.config import ModelConfig
     from accel_clip.evaluation.command import evaluate_run
@@ -66,5 +99,7 @@ def plot_retrieval(paths: RunFolder, picture: Path) -> Path:
         raise ConfigError(
             f"{paths.path}: the run held nothing out (data.val_fraction), so there is nothing to retrieve"
         )
-    Image.fromarray(grid).save(picture)
-    return picture
+    png, about = BytesIO(), PngInfo()
+    about.add_text("Software", SOFTWARE)
+    Image.fromarray(grid).save(png, format="png", pnginfo=about)
+    return write_picture(picture, png)

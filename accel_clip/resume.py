@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
-from accel_clip.command_line import known_keys, load_config
+from accel_clip.checkpoint.folders import newest_first
+from accel_clip.command_line import config_of, known_keys, load_config
 from accel_clip.config import Config
-from accel_clip.console import say
+from accel_clip.console import is_first_process, say
 from accel_clip.faults import ConfigError
+from accel_clip.files.lock import held_error, is_held
+from accel_clip.files.marked import stands_whole
 from accel_clip.run_folder import RunFolder
 
 MAY_CHANGE = (
@@ -25,15 +30,16 @@ LENGTHENS = ("train.epochs", "train.steps")
 def check_folder(config: Config) -> None:
     """Raise `ConfigError` where the run folder cannot be used, or holds a run that these settings do not continue."""
     folder = RunFolder(config.output_dir)
-    folder.check()
+    if is_first_process() and is_held(folder.path):
+        raise held_error(folder.path)
+    folder.check([] if is_finished(config) else written_folders(folder, config))
     if not folder.holds_run():
         return
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"checkpoint.resume: never, and {folder.path} holds a run: name another output_dir, or remove this one"
         )
-    changed = differences(load_config(folder.config), config)
-    for key, (before, now) in changed.items():
+    for key, (before, now) in differences(settings_of(folder, config), config).items():
         if not may_change(key):
             raise ConfigError(
                 f"{key}: {folder.path} holds a run with {before!r}, and now it is {now!r}: set it back to continue "
@@ -41,21 +47,46 @@ def check_folder(config: Config) -> None:
             )
 
 
+def written_folders(folder: RunFolder, config: Config) -> list[Path]:
+    """Return the folders in that of a run which a run with these settings writes as a whole."""
+    written = [folder.export]
+    if config.data.image_cache_gib:
+        written.append(folder.pictures)
+    if config.cached_tower is not None:
+        written.append(folder.features / config.cached_tower)
+    return written
+
+
+def settings_of(folder: RunFolder, otherwise: Config) -> Config:
+    """Return the settings of the run in a folder: from its newest checkpoint where a crash has emptied `config.yaml`.
+
+    otherwise: what they are taken to be where no checkpoint says.
+    """
+    if folder.has_own_config() or folder.config.stat().st_size:
+        return load_config(folder.config)
+    for checkpoint in newest_first(folder.checkpoints):
+        with suppress(OSError, ValueError, LookupError, TypeError, ConfigError):
+            return config_of(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"])
+    return otherwise
+
+
 def say_changes(config: Config) -> None:
     """Say which settings of the run in the folder have changed, where it holds one."""
     folder = RunFolder(config.output_dir)
-    changed = differences(load_config(folder.config), config) if folder.holds_run() else {}
+    changed = differences(settings_of(folder, config), config) if folder.holds_run() else {}
     told = [f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items() if key != "output_dir"]
     if told:
         say(f"the run in {folder.path} goes on with changed settings: {', '.join(told)}")
 
 
 def is_finished(config: Config) -> bool:
-    """Return whether the run in the folder is complete and these settings do not make it longer."""
+    """Return whether the run in the folder is complete, with its export, and these settings do not make it longer."""
     folder = RunFolder(config.output_dir)
     if config.checkpoint.resume != "auto" or not folder.holds_run() or folder.read_status().get("state") != "complete":
         return False
-    return not any(key in LENGTHENS for key in differences(load_config(folder.config), config))
+    if not stands_whole(folder.export):
+        return False
+    return not any(key in LENGTHENS for key in differences(settings_of(folder, config), config))
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

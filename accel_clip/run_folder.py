@@ -1,18 +1,28 @@
-"""The folder of a run: what stands where, and the status other programs read."""
+"""The folder of a run: what stands where, whose it is, and the status other programs read."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accel_clip.faults import ConfigError, StorageError
+from accel_clip.files.lock import FolderLock, held_error
+from accel_clip.files.marked import MARK, Mark, read_mark, require_link, require_own, settle, write_mark
+from accel_clip.files.whole import cut, write_text
 from accel_clip.redaction import masked
+
+EXPORT, FEATURES, PICTURES, CHECKPOINTS = "export", "features", "decoded pictures", "checkpoints"
+"""Kinds of marked folders in the folder of a run."""
+SIDES = ("image", "text")
+OF_CHECKPOINTS = (MARK, "manifest.json")
+CONFIG_MARK = "# Written by accel_clip: the settings of the run in this folder, replaced at every start.\n"
 
 
 class RunFolder:
-    """The paths of one run. Nothing is created before `create()`."""
+    """The paths of one run. Nothing is created before `create()`; `lock` is held by the first process while it goes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -24,19 +34,59 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.features = self.path / "features"
         self.pictures = self.path / "pictures"
+        self.lock = FolderLock(self.path)
+
+    def places(self) -> dict[Path, str]:
+        """Return the folders that a run may replace or remove, each with the kind that it must be of."""
+        return {self.export: EXPORT, self.pictures: PICTURES, **{self.features / side: FEATURES for side in SIDES}}
 
     def holds_run(self) -> bool:
-        """Return whether a run has begun here."""
-        return self.config.exists()
+        """Return whether a run of ours has begun here; a `config.yaml` alone may be anybody's."""
+        return self.config.is_file() and (self.has_own_config() or "state" in self.read_status())
 
-    def check(self) -> None:
-        """Raise `ConfigError` when the folder cannot be that of a run."""
-        for file in (self.metrics, self.status):
+    def has_own_config(self) -> bool:
+        """Return whether `config.yaml` begins as a run writes it."""
+        try:
+            with self.config.open("rb") as file:
+                return file.read(len(CONFIG_MARK)) == CONFIG_MARK.encode()
+        except OSError:
+            return False
+
+    def check(self, used: Iterable[Path]) -> None:
+        """Raise `ConfigError` when the folder cannot be that of a run, or holds what a run would replace.
+
+        used: those of `places()` that the run with the settings at hand would write.
+        """
+        for file in (self.config, self.metrics, self.status, self.bad_samples):
             if file.exists() and not self.holds_run():
                 raise ConfigError(
-                    f"output_dir: {self.path} holds {file.name} without {self.config.name}, so it is not known whose "
-                    "it is: name another folder or remove this one"
+                    f"output_dir: {self.path} holds {file.name}, and no run has begun there, so it is not known whose "
+                    "it is: name another folder or move that away"
                 )
+        for path in (self.config, self.metrics, self.status, self.bad_samples, self.checkpoints):
+            require_link(path, "output_dir")
+        for place in used:
+            require_own(place, self.places()[place], "output_dir")
+        self.check_checkpoints()
+        self.check_parent()
+
+    def check_checkpoints(self) -> None:
+        """Raise `ConfigError` where folders are named like checkpoints and are none, or checkpoints were there."""
+        named = sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        for path in named:
+            if path.name.removeprefix("step-").isdigit() and not any((path / each).exists() for each in OF_CHECKPOINTS):
+                raise ConfigError(
+                    f"output_dir: {path} has the name of a checkpoint and is none: move it away, or name another folder"
+                )
+        had_some = (self.checkpoints / "LATEST").is_file() or read_mark(self.checkpoints) is None
+        if self.holds_run() and had_some and not named:
+            raise ConfigError(
+                f"output_dir: {self.path} holds a run, and {self.checkpoints} none of its checkpoints: mount or put "
+                "back what is missing, or name another output_dir to begin anew"
+            )
+
+    def check_parent(self) -> None:
+        """Raise `ConfigError` where the folder cannot be created."""
         parent = self.path
         while not parent.exists() and not parent.is_symlink():
             parent = parent.parent
@@ -45,12 +95,35 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise ConfigError(f"output_dir: {self.path} cannot be created: {parent} is not writable")
 
-    def create(self) -> None:
-        """Create the folder; raises `StorageError`."""
+    def own(self) -> None:
+        """Make the folder this process's until `lock` is released; raises `ConfigError` while another one owns it."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.lock.take():
+                raise held_error(self.path)
         except OSError as error:
             raise StorageError(f"output_dir: {self.path}: {error}") from error
+
+    def create(self) -> None:
+        """Create the folder and own it, and finish or undo what a kill left in it; raises `StorageError`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.own()
+            for place in self.places():
+                settle(place.resolve().parent, place.resolve())
+            settle(self.path)
+            if read_mark(self.checkpoints) is None:
+                self.checkpoints.mkdir(exist_ok=True)
+                write_mark(self.checkpoints, Mark(CHECKPOINTS, {}))
+        except OSError as error:
+            raise StorageError(f"output_dir: {self.path}: {error}") from error
+
+    def require_no_checkpoint(self) -> None:
+        """Raise `ConfigError` where a run that begins anew would take back what another one has done here."""
+        if (self.checkpoints / "LATEST").is_file():
+            raise ConfigError(
+                f"output_dir: the run in {self.path} has come further, and none of its checkpoints can be used: put "
+                f"one back, name another output_dir, or remove {self.checkpoints / 'LATEST'} to begin anew here"
+            )
 
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes of the files that grow while a run goes on."""
@@ -60,8 +133,7 @@ class RunFolder:
         """Cut the files that grow back to their sizes at a checkpoint, or to nothing; raises `StorageError`."""
         try:
             for file in (self.metrics, self.bad_samples):
-                if file.exists():
-                    os.truncate(file, min(sizes.get(file.name, 0), file.stat().st_size))
+                cut(file, sizes.get(file.name, 0))
         except OSError as error:
             raise StorageError(f"{self.path}: {error}") from error
 
@@ -92,9 +164,7 @@ class RunFolder:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one go, so that a reader never sees half of it; raises `StorageError`."""
-    temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StorageError(f"{file}: {error}") from error

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from accel_clip.assembly import assemble
 from accel_clip.check import check_files, check_names
 from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
-from accel_clip.checkpoint.restore import load_weights
 from accel_clip.command_line import save_config
 from accel_clip.config import Config, TrainConfig
-from accel_clip.console import say
+from accel_clip.console import is_first_process, say
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.feature_cache import FeatureCache
@@ -33,7 +32,7 @@ from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.encode import EvaluationInterrupted
 from accel_clip.evaluation.evaluator import Evaluator
-from accel_clip.export import copy_of_weights, export_model, read_metrics
+from accel_clip.export import Exported, exported_model, model_in, read_metrics, write_export
 from accel_clip.faults import NonFiniteError, Preempted, exit_code_of, reached, recognised
 from accel_clip.faults import describe as describe_error
 from accel_clip.health import (
@@ -91,7 +90,11 @@ def train(config: Config) -> TrainResult:
         return finished_result(RunFolder(config.output_dir))
     check_names(config)
     say_changes(config)
-    return Trainer(config).run()
+    folder = RunFolder(config.output_dir)
+    with folder.lock:
+        if is_first_process() and folder.path.exists():
+            folder.own()
+        return Trainer(config, folder).run()
 
 
 def finished_result(folder: RunFolder) -> TrainResult:
@@ -112,9 +115,8 @@ def timeout_of(config: TrainConfig, num_processes: int, has_streams: bool) -> fl
 class Trainer:
     """The parts of one run and the loop over them."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.folder = RunFolder(config.output_dir)
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
         self.command = own_command()  # now, while the launcher that it names is alive
         self.loss = build_loss(config.loss)
         self.accelerator = build_accelerator(config.train)
@@ -172,7 +174,9 @@ class Trainer:
         self.saved_step: int | None = None
         found = self.saver.find()
         self.saver.check_space()
-        if found is not None:
+        if found is None:
+            self.folder.require_no_checkpoint()
+        else:
             self.load_state(self.saver.restore(found))
             self.feed.load_state_dict(self.saved["data"])
             self.saved_step = found.step
@@ -191,6 +195,11 @@ class Trainer:
             "run": self.state.to_dict(),
             "data": self.feed.state_dict(),
             **self.logbook.state_dict(),
+            "config": self.config.to_dict(),
+            "model": {
+                "model_config": self.model.model_config,
+                "preprocess_config": self.model.preprocess_config,
+            },
             "plan": plan_state(self.assembly.place, self.config.train, self.contrastive_step.plan),
             "file_sizes": self.folder.file_sizes(),
         }
@@ -226,6 +235,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.create()
+            if self.found is None:
+                self.folder.require_no_checkpoint()
             self.folder.cut_files({} if self.found is None else self.saved["file_sizes"])
             save_config(self.config, self.folder.config)
             self.folder.write_status("running", self.state.step, command=self.command)
@@ -437,24 +448,20 @@ class Trainer:
         self.stop_if_asked()
         self.save()
         self.saver.finish()
-        weights, metrics = self.chosen()
+        exported = self.chosen()
         if self.accelerator.is_main_process:
-            export_model(self.folder.export, self.model, weights, metrics)
+            write_export(self.folder.export, exported)
             self.folder.write_status("complete", self.state.step, exit_code=0)
         self.logbook.close(self.state, self.context_length)
         self.accelerator.end_training()
-        return TrainResult(metrics, self.state.step, self.folder.export)
+        return TrainResult(dict(exported.metrics), self.state.step, self.folder.export)
 
-    def chosen(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def chosen(self) -> Exported:
         """Return the weights to export and what was measured of them: the best ones, or the last."""
         best = find_best(self.folder.checkpoints) if self.config.stop.metric is not None else None
         if best is None or self.state.best_metrics is None:
-            return copy_of_weights(self.model), self.state.metrics
-        prefix = "clip."
-        weights = {
-            name.removeprefix(prefix): each for name, each in load_weights(best).items() if name.startswith(prefix)
-        }
-        return weights, self.state.best_metrics
+            return exported_model(self.model, self.state.metrics)
+        return model_in(best, is_best=True)
 
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""

@@ -30,6 +30,7 @@ from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError
+from accel_clip.files.marked import settle
 from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze
@@ -237,6 +238,7 @@ def test_half_a_cache_is_not_read(table: Path, pairs: Source, end: str) -> None:
     whole = cache_of(tower, pairs, table.parent / "whole")
     if end == "killed":
         FeatureWriter(folder, len(whole), 32).append(torch.ones(3, 32))
+        settle(folder.parent)
     else:
         cache_of(tower, pairs, table.parent)
     if end == "truncated":

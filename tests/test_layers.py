@@ -15,7 +15,7 @@ PACKAGE = Path(accel_clip.__file__).parent
 FLOORS = (
     (
         *("faults", "signals", "watchdog", "meters", "stopping", "randomness", "console", "run_state"),
-        *("redaction", "network"),
+        *("redaction", "network", "files"),
     ),
     ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint", "resume"),
     ("data", "models", "optim", "losses"),
@@ -74,6 +74,33 @@ def test_no_two_rooms_import_each_other() -> None:
     edges = {(room_of(file), imported) for file in modules() for imported in imported_rooms(file)}
     pairs = {(a, b) for a, b in edges if a != b and (b, a) in edges and "__init__" not in (a, b)}
     assert not pairs
+
+
+CHANGES_DISK = {"unlink", "rmtree", "rmdir", "rename", "removedirs", "truncate", "ftruncate", "move", "write_bytes"}
+WRITES_INTO_A_DRAFT = {"export.py", "checkpoint/write.py"}  # new files in a folder that nobody has seen yet
+APPENDS = {"tracking.py", "data/bad_samples.py"}
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_one_room_deletes_replaces_and_cuts(file: Path) -> None:
+    name = file.relative_to(PACKAGE).as_posix()
+    if name.startswith("files/"):
+        return
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    changing = {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)} & CHANGES_DISK
+    if name not in WRITES_INTO_A_DRAFT:
+        changing |= {call.func.attr for call in calls if call.func.attr == "write_text"}
+    modes = {
+        argument.value
+        for call in calls
+        if call.func.attr == "open"
+        for argument in [*call.args, *(keyword.value for keyword in call.keywords)]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    }
+    allowed = {"a"} if name in APPENDS else {"wb"} if name == "data/cache_folder.py" else set()
+    assert not changing, f"{name} changes files by {changing}: accel_clip/files does"
+    assert not {mode for mode in modes if set(mode) & set("wax+") and len(mode) <= 3} - allowed
 
 
 @pytest.mark.parametrize("module", ["accel_clip", "accel_clip.cli", "accel_clip.command_line", "accel_clip.check"])

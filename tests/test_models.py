@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from accel_clip.config import LossConfig, ModelConfig
-from accel_clip.export import copy_of_weights, export_model
+from accel_clip.export import exported_model, write_export
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import build_loss
 from accel_clip.models.build import ClipModel, build_model
@@ -50,7 +51,7 @@ def test_the_export_gives_equal_features_in_open_clip(tmp_path: Path, case: str)
         for parameter in model.clip.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     folder = tmp_path / "export"
-    export_model(folder, model, copy_of_weights(model), {"val/loss": 1.5})
+    write_export(folder, exported_model(model, {"val/loss": 1.5}))
     name = f"local-dir:{folder}"
     clip, _, preprocess = open_clip.create_model_and_transforms(name, output_dict=True)
     size = model.preprocess_config["size"]
@@ -68,9 +69,9 @@ def test_the_export_gives_equal_features_in_open_clip(tmp_path: Path, case: str)
 def test_equal_weights_are_equal_bytes(tmp_path: Path) -> None:
     model = build_model(ModelConfig("tiny"))
     for name, metrics in (("a", {}), ("b", {"val/loss": 1.0})):
-        weights = copy_of_weights(model)
-        shuffled = dict(sorted(weights.items(), reverse=name == "b"))
-        export_model(tmp_path / name, model, shuffled, metrics)
+        exported = exported_model(model, metrics)
+        shuffled = dict(sorted(exported.weights.items(), reverse=name == "b"))
+        write_export(tmp_path / name, replace(exported, weights=shuffled))
     files = [(tmp_path / name / "open_clip_model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
 
@@ -148,10 +149,10 @@ def test_siglip_starts_at_its_scale_and_bias_where_the_weights_bring_none(tmp_pa
     own = ModelConfig(name, options={"init_logit_bias": -2.0})
     assert scale_and_bias(build_model(own, needs_logit_bias=True))[1] == pytest.approx(-2)
     plain = build_model(ModelConfig(name))
-    export_model(tmp_path / "plain", plain, copy_of_weights(plain), {})
+    write_export(tmp_path / "plain", exported_model(plain, {}))
     from_weights = build_model(ModelConfig(f"local-dir:{tmp_path / 'plain'}"), needs_logit_bias=True)
     assert scale_and_bias(from_weights) == pytest.approx((1 / 0.07, -10), rel=1e-5)
-    export_model(tmp_path / "biased", from_weights, copy_of_weights(from_weights), {})
+    write_export(tmp_path / "biased", exported_model(from_weights, {}))
     again = build_model(ModelConfig(f"local-dir:{tmp_path / 'biased'}"), needs_logit_bias=True)
     assert scale_and_bias(again) == scale_and_bias(from_weights)
     described = json.loads((tmp_path / "biased" / "open_clip_config.json").read_text())
@@ -161,7 +162,7 @@ def test_siglip_starts_at_its_scale_and_bias_where_the_weights_bring_none(tmp_pa
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
     name = small_model(tmp_path)
     model = build_model(ModelConfig(name))
-    export_model(tmp_path / "export", model, copy_of_weights(model), {})
+    write_export(tmp_path / "export", exported_model(model, {}))
     file = tmp_path / "export" / "open_clip_model.safetensors"
     loaded = build_model(ModelConfig(name, pretrained=str(file))).clip.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in load_file(file).items())

@@ -31,6 +31,8 @@ from accel_clip.data.picture_building import GIB, open_pictures
 from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError, StorageError
+from accel_clip.files.marked import settle
+from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
 
 NUM_REPEATED = 3
@@ -223,12 +225,11 @@ def test_pictures_that_would_not_fit_are_left_alone_and_it_is_said(
     whole = cache_of(model, config_for(table), table.parent)
     assert whole is not None
     below, enough = whole.num_bytes * 0.9 / GIB, whole.num_bytes / GIB
-    (table.parent / "other" / "pictures.partial").mkdir(parents=True)  # of a run that was killed while it decoded
     assert cache_of(model, config_for(table, room=below), table.parent / "other") is None
     said = capsys.readouterr().err
     assert f"more than data.image_cache_gib = {below:g}: they are decoded in every epoch" in said
     assert "would take about" in said
-    assert list((table.parent / "other").iterdir()) == []
+    assert not list(table.parent.glob("other/*"))
     assert cache_of(model, config_for(table, room=enough), table.parent / "other") is not None
 
 
@@ -359,7 +360,9 @@ def test_half_a_cache_is_not_read(table: Path, model: ClipModel, end: str) -> No
     assert whole is not None
     keys, pixels = whole.keys.tolist(), {key: whole[key] for key in whole.keys.tolist()}
     if end == "killed":
-        folder.rename(table.parent / "pictures.partial")
+        folder.rename(beside(folder, DRAFT))
+        (unfinished(table.parent)[0] / "places.npy").unlink()
+        settle(table.parent)
     elif end == "truncated":
         (folder / "pixels.bin").write_bytes((folder / "pixels.bin").read_bytes()[:-100])
     else:

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from accel_clip.checkpoint.folders import BEST, TEMPORARY, folder_name, newest_first, pointed, set_aside, step_of
+from accel_clip.checkpoint.folders import BEST, folder_name, newest_first, pointed, step_of
 from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, read_checkpoint, verify
 from accel_clip.console import say
 from accel_clip.faults import ConfigError, StorageError
+from accel_clip.files.marked import set_aside, settle
 
 
 def recover(folder: Path) -> None:
-    """Put right what a dead run left: a temporary folder that is whole gets its name, any other is removed.
+    """Put right what a dead run left: a checkpoint that is whole gets its name, any other is removed.
 
     For the start of a run, by one process, before `find_newest`. Raises `StorageError`.
     """
     try:
-        for path in sorted(folder.glob(f"{TEMPORARY}*")):
-            if not path.is_dir():
-                path.unlink()
-            elif not finish(path):
-                shutil.rmtree(path)
+        settle(folder)
     except OSError as error:
         raise StorageError(f"{folder}: what a killed run left could not be removed: {error}") from error
-
-
-def finish(temporary: Path) -> bool:
-    """Give a temporary folder its name if it is a whole checkpoint that nothing else has replaced."""
-    try:
-        final = temporary.with_name(folder_name(verify(temporary).step))
-    except InvalidCheckpoint:
-        return False
-    if final.exists():
-        return False
-    temporary.rename(final)
-    return True
 
 
 def find_newest(folder: Path) -> Checkpoint | None:
@@ -59,6 +44,14 @@ def find_newest(folder: Path) -> Checkpoint | None:
         used = "there is no other" if newest is None else f"{newest.path.name} is used instead"
         say(f"warning: damaged checkpoint {'; '.join(damaged)}; {used}")
     return newest
+
+
+def find_whole(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, None when there is none; damaged ones stay where they are."""
+    for path in newest_first(folder):
+        with suppress(InvalidCheckpoint):
+            return verify_step(path)
+    return None
 
 
 def find_newest_for_all(accelerator: Accelerator, folder: Path) -> Checkpoint | None:

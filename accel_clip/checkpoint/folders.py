@@ -1,18 +1,16 @@
-"""Names in the folder of all checkpoints: steps, the pointers to them, and what is not finished."""
+"""Names in the folder of all checkpoints: steps, and the pointers to them."""
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from pathlib import Path
 
-from accel_clip.checkpoint.storage import sync_folder, write_text
-from accel_clip.faults import StorageError
+from accel_clip.files.marked import set_aside
+from accel_clip.files.whole import write_text
 
+KIND = "checkpoint"
 LATEST = "LATEST"
 BEST = "BEST"
-TEMPORARY = ".tmp-"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -26,11 +24,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def temporary_name(folder: Path, what: str) -> Path:
-    """Return a free name for something that is not finished."""
-    return folder / f"{TEMPORARY}{what}-{uuid.uuid4().hex}"
-
-
 def newest_first(folder: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, the highest step first."""
     named = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -39,10 +32,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 def point(folder: Path, pointer: str, step: int) -> None:
     """Make `LATEST` or `BEST` name the checkpoint of a step, in one go."""
-    temporary = temporary_name(folder, pointer)
-    write_text(temporary, folder_name(step) + "\n")
-    os.replace(temporary, folder / pointer)
-    sync_folder(folder)
+    write_text(folder / pointer, folder_name(step) + "\n")
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
@@ -52,18 +42,6 @@ def pointed(folder: Path, pointer: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return folder / name if STEP_FOLDER.fullmatch(name) and (folder / name).is_dir() else None
-
-
-def set_aside(path: Path, ending: str) -> Path:
-    """Rename a checkpoint to a free name with an ending; raises `StorageError`."""
-    target, number = path.with_name(f"{path.name}.{ending}"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.{ending}-{number}")
-    try:
-        return path.rename(target)
-    except OSError as error:
-        raise StorageError(f"{path}: a checkpoint could not be renamed: {error}") from error
 
 
 def set_aside_newer(folder: Path, step: int) -> None:

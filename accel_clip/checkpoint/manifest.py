@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
-from accel_clip.checkpoint.storage import hash_of
+from accel_clip.files.whole import hash_of
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 LIBRARIES = ("torch", "accelerate", "open_clip_torch", "accel-clip")
 NUMBERS = ("format", "step", "num_processes")
 

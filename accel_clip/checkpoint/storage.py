@@ -1,10 +1,8 @@
-"""Files that outlive a crash, the room they need, and what a full disk is told as."""
+"""The room that checkpoints need on the disk, and what a full one is told as."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -14,42 +12,6 @@ from accel_clip.faults import StorageError
 
 WRITE_ERRORS = (OSError, SafetensorError)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR}
-CHUNK_BYTES = 4 * 2**20
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is on the disk when this returns."""
-    file.write_text(text, encoding="utf-8")
-    sync_file(file)
-
-
-def sync_file(file: Path) -> None:
-    """Wait until a file's contents are on the disk."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk, where the system knows how to (some mounts and Windows do not)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC_FOLDERS:
-            raise
-
-
-def hash_of(file: Path) -> str:
-    """Return the blake2b hash of a file, 32 bytes in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=32)
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_space(folder: Path, needed: int) -> None:

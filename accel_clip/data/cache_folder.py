@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.faults import DataError, StorageError
+from accel_clip.files.marked import Draft
 from accel_clip.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -68,30 +68,18 @@ class CacheFolder:
         return [name for name in fingerprint if stored.get(name) != fingerprint[name]]
 
 
-def partial_of(folder: Path) -> Path:
-    """Return the place beside a folder where it is written."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder, and what may be left of one that was being written."""
-    for each in (folder, partial_of(folder)):
-        shutil.rmtree(each, ignore_errors=True)
-
-
 class CacheWriter:
     """Writes a folder, its data piece by piece; nothing stands in its place before `finish`. Raises `StorageError`.
 
-    file_name: that of the data; what: its name in an error. As a context it removes what was not finished.
+    file_name: that of the data; kind: what the folder is, for its mark and for errors. As a context it removes what was
+    not finished.
     """
 
-    def __init__(self, folder: Path, file_name: str, what: str) -> None:
-        self.folder, self.what = folder, what
-        self.partial = partial_of(folder)
+    def __init__(self, folder: Path, file_name: str, kind: str) -> None:
+        self.folder, self.kind = folder, kind
         with self.storage_errors():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            self.file = (self.partial / file_name).open("wb")
+            self.draft = Draft(folder, kind)
+            self.file = (self.draft.path / file_name).open("wb")
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +87,7 @@ class CacheWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with suppress(OSError):  # what it could not write any more is thrown away
             self.file.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.draft.discard()
 
     def write(self, values: numpy.ndarray) -> None:
         """Write the next values of the data."""
@@ -120,10 +108,9 @@ class CacheWriter:
             os.fsync(self.file.fileno())
             self.file.close()
             for name, array in {"keys": keys, **arrays}.items():
-                numpy.save(self.partial / f"{name}.npy", array)
-            write_json(self.partial / "about.json", about)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.partial.rename(self.folder)
+                numpy.save(self.draft.path / f"{name}.npy", array)
+            write_json(self.draft.path / "about.json", about)
+            self.draft.publish()
 
     @contextmanager
     def storage_errors(self) -> Iterator[None]:
@@ -131,4 +118,4 @@ class CacheWriter:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{self.folder}: {self.what} cannot be written: {error}") from error
+            raise StorageError(f"{self.folder}: {self.kind} cannot be written: {error}") from error

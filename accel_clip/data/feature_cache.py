@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accel_clip.data.cache_folder import CacheFolder, CacheWriter
+from accel_clip.run_folder import FEATURES
 
 
 class FeatureCache(CacheFolder):
@@ -32,7 +33,7 @@ class FeatureWriter(CacheWriter):
     """Writes features row by row."""
 
     def __init__(self, folder: Path, num_rows: int, width: int) -> None:
-        super().__init__(folder, "features.npy", "features")
+        super().__init__(folder, "features.npy", FEATURES)
         header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, width)}
         with self.storage_errors():
             numpy.lib.format.write_array_header_1_0(self.file, header)

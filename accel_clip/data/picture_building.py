@@ -25,7 +25,7 @@ from accel_clip.config import GIB, Config
 from accel_clip.console import say
 from accel_clip.data.augmentation import TRAINING_CROP_RATIO, TRAINING_CROP_SCALE
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.cache_folder import Fingerprint, remove
+from accel_clip.data.cache_folder import Fingerprint
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.loader import usable_or_raise
 from accel_clip.data.once import (
@@ -39,8 +39,10 @@ from accel_clip.data.once import (
 from accel_clip.data.picture_cache import PictureCache, PictureWriter
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import StorageError
+from accel_clip.files.marked import remove_folder
 from accel_clip.models.build import ClipModel
 from accel_clip.processes import num_local_processes
+from accel_clip.run_folder import PICTURES
 
 NUM_TO_ESTIMATE = 64
 PICTURES_AT_ONCE = 16  # what a worker hands over in one piece: a few MB of shared memory
@@ -103,7 +105,7 @@ def build(
 
     Raises `StorageError` where the disk has less room than they need.
     """
-    remove(folder)  # an old one would take room too
+    remove_old(folder)
     expected = expected_bytes(pictures)
     if expected > room_gib * GIB:
         say(f"the decoded pictures would take about {in_gib(expected)}, more than {too_small(room_gib)}")
@@ -111,6 +113,14 @@ def build(
         return
     require_space(folder, expected)
     yield from decode_all(pictures, folder, fingerprint, room_gib, num_workers)
+
+
+def remove_old(folder: Path) -> None:
+    """Remove decoded pictures that cannot be used, since they would take room too; raises `StorageError`."""
+    try:
+        remove_folder(folder, PICTURES)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error}") from error
 
 
 def decode_all(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from accel_clip.data.cache_folder import CacheFolder, CacheWriter
+from accel_clip.run_folder import PICTURES
 
 
 class PictureCache(CacheFolder):
@@ -40,7 +41,7 @@ class PictureWriter(CacheWriter):
     """Writes pictures in the order of their keys."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "pixels.bin", "decoded pictures")
+        super().__init__(folder, "pixels.bin", PICTURES)
         self.num_bytes = 0
         self.places: list[tuple[int, ...]] = []
 

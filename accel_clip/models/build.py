@@ -69,8 +69,15 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
         initialise_decoder(clip)
     if needs_logit_bias and has_weights(config):
         fill_missing_bias(clip, model_config)
-    tokenizer = build_tokenizer(name, options.get("force_context_length"))
-    return ClipModel(clip, tokenizer, model_config, dict(clip.visual.preprocess_cfg))
+    return ClipModel(clip, tokenizer_of(config), model_config, dict(clip.visual.preprocess_cfg))
+
+
+def tokenizer_of(config: ModelConfig) -> Callable[[list[str]], Tensor]:
+    """Return the tokenizer of the model that the settings name, whose weights are not needed for it."""
+    name = registered_name(config.name)
+    if needs_hub(name, None):
+        go_offline_without_hub()
+    return build_tokenizer(name, config.options.get("force_context_length"))
 
 
 def needs_hub(name: str, pretrained: str | None) -> bool:

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import threading
@@ -37,6 +36,7 @@ from accel_clip.checkpoint.storage import check_space
 from accel_clip.checkpoint.tensors import flatten, unflatten
 from accel_clip.checkpoint.write import STAGES, prune, write
 from accel_clip.faults import ConfigError, StorageError
+from accel_clip.files.names import DRAFT, beside
 from accel_clip.optim.optimizers import timm_names
 from accel_clip.processes import forget_previous_accelerator
 
@@ -278,16 +278,15 @@ def test_a_crash_in_every_stage_leaves_a_valid_checkpoint(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tiny_snapshot(1), tmp_path, keep=1)
-    step = 1 if stage == "aside" else 2  # a folder is put aside when its step is written again
-    monkeypatch.setenv("ACCEL_CLIP_FAULT", f"{stage}:{step}")
-    assert exit_code_of(lambda: write(tiny_snapshot(step, is_best=True), tmp_path, keep=1)) == 9
+    monkeypatch.setenv("ACCEL_CLIP_FAULT", f"{stage}:2")
+    assert exit_code_of(lambda: write(tiny_snapshot(2, is_best=True), tmp_path, keep=1)) == 9
     monkeypatch.delenv("ACCEL_CLIP_FAULT")
 
     recover(tmp_path)
     newest = find_newest(tmp_path)
     assert newest is not None
-    complete = STAGES.index(stage) >= STAGES.index("manifest")
-    assert newest.step == (step if complete else 1)
+    complete = STAGES.index(stage) >= STAGES.index("rename")
+    assert newest.step == (2 if complete else 1)
     assert load_weights(newest)["weight"].unique().tolist() == [newest.step]
     assert not [name for name in names(tmp_path) if not name.startswith("step-") or name.endswith(".corrupt")]
 
@@ -334,16 +333,14 @@ def test_kills_at_any_moment_lose_nothing_that_was_complete(tmp_path: Path) -> N
         assert newest is not None or complete == 0
         reached_step = 0 if newest is None else newest.step
     assert reached_step > 0
-    assert not [name for name in names(tmp_path) if ".corrupt" in name or name.startswith(".tmp-")]
+    assert not [name for name in names(tmp_path) if ".corrupt" in name or name.startswith(".accel_clip-")]
 
 
 def test_what_is_half_written_is_removed_and_never_used(tmp_path: Path) -> None:
     write(tiny_snapshot(1), tmp_path, keep=3)
-    half = tmp_path / ".tmp-2-abc"
-    shutil.copytree(write(tiny_snapshot(2), tmp_path, keep=3), half)
-    shutil.rmtree(tmp_path / "step-00000002")
+    half = write(tiny_snapshot(2), tmp_path, keep=3).rename(beside(tmp_path / "step-00000002", DRAFT))
     truncate(half / "model.safetensors")
-    (tmp_path / ".tmp-LATEST-abc").write_text("step-")
+    beside(tmp_path / LATEST, DRAFT).write_text("step-")
     recover(tmp_path)
     assert names(tmp_path) == {"step-00000001"}
 
@@ -395,7 +392,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("manifest.json", truncate, "manifest.json is not JSON"),
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
     ("manifest.json", lambda file: file.write_text("[]"), "manifest.json lacks"),
-    ("manifest.json", change_manifest(format=99), "its format is 99 and this version reads 2"),
+    ("manifest.json", change_manifest(format=99), "its format is 99 and this version reads 3"),
     ("manifest.json", change_manifest(step=None), "manifest.json lacks"),
     ("manifest.json", change_manifest(step=8), "it holds step 8"),
     ("manifest.json", change_manifest(files={}), "does not list the files"),

@@ -35,7 +35,7 @@ from accel_clip.data.sources import table_files
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.tar_index import build_index, load_index, pack
-from accel_clip.export import copy_of_weights, export_model
+from accel_clip.export import exported_model, write_export
 from accel_clip.faults import AccelClipError, ConfigError, DataError
 from accel_clip.models.build import build_model, tensors_alone
 from accel_clip.redaction import masked, printable, refuse_credentials
@@ -200,7 +200,7 @@ def test_an_export_with_a_huge_header_is_refused(tmp_path: Path) -> None:
     model = build_model(ModelConfig(small_model(tmp_path)))
     folder = tmp_path / "run" / "export"
     folder.parent.mkdir()
-    export_model(folder, model, copy_of_weights(model), {})
+    write_export(folder, exported_model(model, {}))
     (folder / "open_clip_model.safetensors").write_bytes(BROKEN["huge header.safetensors"])
     with pytest.raises(ConfigError, match="export"):
         cli.export_command([str(tmp_path / "run")])
@@ -251,7 +251,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run_and_not_asked_about(
     canary = tmp_path / "canary"
     plain = build_model(ModelConfig(small_model(tmp_path)))
     folder = tmp_path / "model"
-    export_model(folder, plain, copy_of_weights(plain), {})
+    write_export(folder, exported_model(plain, {}))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/name"
     (folder / "open_clip_config.json").write_text(json.dumps(config))

@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_its_checkpoint(
     status = status_of(disk / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 5)
     assert verify(newest(disk / "run")).step == 2
-    assert [path.name for path in (disk / "run" / "checkpoints").glob(".tmp*")] == []
+    assert [path.name for path in (disk / "run" / "checkpoints").glob(".accel_clip-*")] == []
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_told_before_training(

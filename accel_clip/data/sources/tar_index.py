@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import numpy
 from accel_clip import console
 from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Member, list_members
 from accel_clip.faults import ConfigError, DataError
+from accel_clip.files.whole import write_bytes
 
 FORMAT = "accel-clip tar index"
 VERSION = 1
@@ -142,17 +142,11 @@ def load_index(path: Path) -> TarIndex | None:
 def keep_index(index: TarIndex, path: Path) -> bool:
     """Write an index where the next start finds it, in one move; return whether any place takes it."""
     for side_file in side_files(path):
-        draft = side_file.with_name(f".{side_file.name}.{secrets.token_hex(8)}")
-        try:
+        with contextlib.suppress(OSError):  # a folder that takes no files: the next place is tried
             if side_file.parent != path.parent:
                 side_file.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("xb") as file:
-                file.write(pack(index))
-            draft.replace(side_file)
+            write_bytes(side_file, pack(index))
             return True
-        except OSError:  # a folder that takes no files: the next place is tried
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
     return False
 
 
