@@ -94,8 +94,12 @@ def train_command(arguments: list[str], program: str) -> None:
     from accel_clip.resume import is_finished
     from accel_clip.run_folder import RunFolder
 
+    folder = RunFolder(config.output_dir)
     if is_finished(config):
-        step = RunFolder(config.output_dir).read_status()["step"]
+        with folder.lock:
+            if console.is_first_process():
+                folder.settle()
+        step = folder.read_status()["step"]
         console.say(f"the run in {config.output_dir} is complete at step {step}: a longer train.steps goes on with it")
         return
     from accel_clip.trainer import train  # imports torch, so it comes after everything that can end without

@@ -103,14 +103,21 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"output_dir: {self.path}: {error}") from error
 
-    def create(self) -> None:
-        """Create the folder and own it, and finish or undo what a kill left in it; raises `StorageError`."""
+    def settle(self) -> None:
+        """Own the folder, and finish or undo what a kill left in it; raises `StorageError`, `ConfigError`."""
+        self.own()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.own()
             for place in self.places():
                 settle(place.resolve().parent, place.resolve())
             settle(self.path)
+        except OSError as error:
+            raise StorageError(f"output_dir: {self.path}: {error}") from error
+
+    def create(self) -> None:
+        """Create the folder and own it, in order; raises `StorageError`, `ConfigError`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.settle()
             if read_mark(self.checkpoints) is None:
                 self.checkpoints.mkdir(exist_ok=True)
                 write_mark(self.checkpoints, Mark(CHECKPOINTS, {}))

@@ -86,14 +86,14 @@ def train(config: Config) -> TrainResult:
     is complete is left as it is.
     """
     check_files(config)
-    if is_finished(config):
-        return finished_result(RunFolder(config.output_dir))
-    check_names(config)
-    say_changes(config)
     folder = RunFolder(config.output_dir)
     with folder.lock:
-        if is_first_process() and folder.path.exists():
-            folder.own()
+        if is_first_process() and folder.holds_run():
+            folder.settle()
+        if is_finished(config):
+            return finished_result(folder)
+        check_names(config)
+        say_changes(config)
         return Trainer(config, folder).run()
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import fork, killed_at, run_forked
 
 from accel_clip.faults import ConfigError
 from accel_clip.files.lock import LOCK, FolderLock, held_error, is_held
@@ -28,8 +27,6 @@ from accel_clip.files.names import CONDEMNED, DRAFT, REPLACED, beside, unfinishe
 from accel_clip.files.whole import cut, write_text
 
 KIND = "export"
-CHANGING = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-fork = multiprocessing.get_context("fork")
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -48,32 +45,6 @@ def publish(place: Path, **files: str) -> None:
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
         draft.publish(editable=("card",))
-
-
-def run_forked(action: Callable[[], object]) -> int | None:
-    process = fork.Process(target=action)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def killed_at(number: int, folder: Path, action: Callable[[], object]) -> bool:
-    """Run an action in a process that is killed before its `number`-th change of a folder; return whether it was."""
-    here = str(folder)
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal number
-        writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if event in CHANGING and writes and str(arguments[0]).startswith(here):
-            number -= 1
-            if number < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def child() -> None:
-        sys.addaudithook(hook)
-        action()
-
-    return run_forked(child) == -signal.SIGKILL
 
 
 def test_a_folder_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
