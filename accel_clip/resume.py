@@ -32,7 +32,10 @@ def check_folder(config: Config) -> None:
     folder = RunFolder(config.output_dir)
     if is_first_process() and is_held(folder.path):
         raise held_error(folder.path)
-    folder.check([] if is_finished(config) else written_folders(folder, config))
+    is_over = is_finished(config)
+    folder.check([] if is_over else written_folders(folder, config))
+    if not is_over:
+        folder.check_checkpoints()
     if not folder.holds_run():
         return
     if config.checkpoint.resume == "never":

@@ -67,7 +67,6 @@ class RunFolder:
             require_link(path, "output_dir")
         for place in used:
             require_own(place, self.places()[place], "output_dir")
-        self.check_checkpoints()
         self.check_parent()
 
     def check_checkpoints(self) -> None:
