@@ -19,11 +19,12 @@ from accel_clip.faults import ConfigError, StorageError, nearest
 from accel_clip.files.whole import write_text
 from accel_clip.redaction import texts_in
 from accel_clip.run_folder import CONFIG_MARK
+from accel_clip.typed import LARGEST_WHOLE, MOST_DEPTH, WrongValue, numbers_in, range_of
 
 HELP = ("-h", "--help")
 MOST_BYTES = 1 << 18  # of a --config file, whose settings fill a few thousand; the reader needs seconds for more
 MOST_SHOWN = 400  # characters of a value in a message
-MOST_DEPTH = 100  # lists and dictionaries in one another
+LONG_NUMBER = re.compile(r"[0-9_]{19}")
 NO_ALIAS = "an alias (*name) is not read, since few of them can stand for billions of values: write the value out"
 
 
@@ -42,17 +43,22 @@ def parse_config(arguments: list[str], program: str, description: str) -> Config
         settings = parser.get_defaults()
         for file in files:
             settings = parser.parse_object(namespace_of(file), cfg_base=settings)
+        for key, text in given(flags):
+            require_64_bits(key, text)
         settings = parser.parse_args([*wrap_list_values(flags)], namespace=settings)
     except ArgumentError as error:
-        raise ConfigError(one_line(str(error))) from error
+        raise ConfigError(with_range(one_line(str(error)))) from error
     except RecursionError as error:
         raise ConfigError("a setting nests too deeply") from error
     return config_from(parser, settings)
 
 
 def load_config(file: Path | str) -> Config:
-    """Return the settings that a `config.yaml` holds."""
-    return parse_config(["--config", str(file)], "accel-clip", "")
+    """Return the settings that a `config.yaml` holds; an error names the file."""
+    try:
+        return parse_config(["--config", str(file)], "accel-clip", "")
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {str(error).removeprefix(f'--config {file}: ').removeprefix(f'{file}: ')}") from error
 
 
 def config_of(settings: dict[str, Any]) -> Config:
@@ -107,6 +113,35 @@ def take_config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
     return files, flags
 
 
+def given(flags: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings among flags with what their texts hold, where that may be a large number."""
+    key = ""
+    for word in flags:
+        name, equals, value = word.partition("=") if word.startswith("--") else (key, "=", word)
+        key = name.removeprefix("--").removesuffix("+")
+        if equals and LONG_NUMBER.search(value):
+            with suppress(yaml.YAMLError):  # then it is a word like others
+                yield key, loaded(value, key)
+
+
+def loaded(text: str, key: str) -> Any:
+    """Return what a text holds as YAML; raises `ConfigError` for a number of thousands of digits."""
+    try:
+        return yaml.load(text, Loader=UniqueKeyLoader)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {shortened(text, 40)} does not work: a number has too many digits") from error
+
+
+def require_64_bits(key: str, value: Any) -> None:
+    """Raise `ConfigError` for a whole number in a setting, where that is no text, that does not fit into 64 bits."""
+    hint = hints_with_ranges().get(key)
+    limits = range_of(hint)
+    rule = f"it must be {limits.words}" if limits else f"a whole number must lie within ±{LARGEST_WHOLE:,}"
+    for name, number in numbers_in(value, key) if hint not in (str, str | None) else ():
+        if isinstance(number, int) and abs(number) > LARGEST_WHOLE:
+            raise ConfigError(str(WrongValue(name, number, rule)))
+
+
 def next_word(words: Iterator[str], flag: str) -> str:
     """Return the value after a flag."""
     value = next(words, None)
@@ -117,16 +152,21 @@ def next_word(words: Iterator[str], flag: str) -> str:
 
 def known_keys() -> dict[str, Any]:
     """Return every dotted key with its type."""
-    return dict(walk_keys(Config, ""))
+    return dict(walk_keys(Config, "", with_ranges=False))
 
 
-def walk_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
+def hints_with_ranges() -> dict[str, Any]:
+    """Return every dotted key with its type and the range of its numbers."""
+    return dict(walk_keys(Config, "", with_ranges=True))
+
+
+def walk_keys(section: type, prefix: str, with_ranges: bool) -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of a dataclass and their types; only sections are entered, not dictionaries."""
-    hints = get_type_hints(section)
+    hints = get_type_hints(section, include_extras=with_ranges)
     for entry in fields(section):
         hint = hints[entry.name]
         if is_dataclass(hint) and isinstance(hint, type):
-            yield from walk_keys(hint, f"{prefix}{entry.name}.")
+            yield from walk_keys(hint, f"{prefix}{entry.name}.", with_ranges)
         else:
             yield prefix + entry.name, hint
 
@@ -180,6 +220,7 @@ def namespace_of(file: Path) -> dict[str, Any]:
     require_plain(text for _, text in texts_in(settings, ""))
     hints = known_keys()
     for key, value in flatten(settings, file):
+        require_64_bits(key, value)
         stays = value is None or isinstance(value, list) or (isinstance(value, dict) and takes_a_mapping(hints[key]))
         if takes_a_list(hints.get(key)) and not stays:
             section, _, name = key.rpartition(".")
@@ -235,9 +276,9 @@ def require_plain_events(events: Iterator[yaml.Event], text: str) -> None:
         anchors.add(name)
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
     """Return the beginning of a long text."""
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " …"
+    return text if len(text) <= most else text[:most] + " …"
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -293,6 +334,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {file}: it must hold settings as 'key: value', not {type(settings).__name__}")
     return settings
+
+
+def with_range(message: str) -> str:
+    """Return a parser's message about a value of a wrong kind with the range of its setting, where that has one."""
+    limits = range_of(hints_with_ranges().get(message.partition(":")[0]))
+    return message if limits is None else f"{message}; it must be {limits.words}"
 
 
 def one_line(message: str) -> str:

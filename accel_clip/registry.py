@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from accel_clip.faults import ConfigError, nearest
+from accel_clip.typed import WrongValue, fit
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -88,9 +89,19 @@ def check_options(
     known = {entry.name: entry for entry in parameters if entry.name not in given and entry.kind not in variadic}
     takes_any = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters)
     listed = f"its options: {', '.join(known)}" if known else "it has none"
-    for name in options:
+    for name, value in options.items():
         if name in given or (name not in known and not takes_any):
             raise ConfigError(f"{setting}: {owner} has no option '{name}' ({listed}){nearest(name, known)}")
+        require_kind(f"{setting}.{name}", value, known[name].default if name in known else None)
     for name, entry in known.items():
         if entry.default is inspect.Parameter.empty and name not in options:
             raise ConfigError(f"{setting}: {owner} needs '{name}', write it as {{{name}: …}}")
+
+
+def require_kind(key: str, value: Any, default: Any) -> None:
+    """Raise `ConfigError` for an option whose default is a number or a truth value, and that is none."""
+    kind = bool if isinstance(default, bool) else float if isinstance(default, (int, float)) else Any
+    try:
+        fit(value, kind, key)
+    except WrongValue as error:
+        raise ConfigError(str(error)) from error

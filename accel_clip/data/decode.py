@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import stat
 import struct
 import warnings
@@ -114,7 +115,7 @@ def readable(image: Image.Image | bytes | Path, max_pixels: float) -> Iterator[I
 def pillow_limit(max_pixels: float) -> Iterator[None]:
     """Make Pillow's own check, which also sees pictures inside pictures, refuse what `data.max_pixels` refuses."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = int(max_pixels)
+    Image.MAX_IMAGE_PIXELS = None if math.isinf(max_pixels) else int(max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata, which name no file

@@ -12,6 +12,9 @@ from accel_clip.data.batch import Batch
 from accel_clip.losses.base import LOSSES
 from accel_clip.losses.gradient import LossGradient, gradient_of_share
 from accel_clip.losses.tiles import softmax_share, tiled_clip_loss
+from accel_clip.typed import Range
+
+LIMITS = Range(0, 1e6)  # of the weights
 
 
 @LOSSES.register("coca", "CoCaLoss")
@@ -24,7 +27,7 @@ class CoCaLoss:
 
     def __init__(self, caption_loss_weight: float = 2.0, clip_loss_weight: float = 1.0, pad_id: int = 0) -> None:
         for name, weight in (("caption_loss_weight", caption_loss_weight), ("clip_loss_weight", clip_loss_weight)):
-            require(weight >= 0, f"loss.options.{name}", weight, "it must be 0 or more")
+            require(LIMITS.holds(weight), f"loss.options.{name}", weight, f"it must be {LIMITS.words}")
         self.caption_weight, self.clip_weight, self.pad_id = caption_loss_weight, clip_loss_weight, pad_id
 
     def __call__(

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accel_clip.config import ModelConfig, positive, require
+from accel_clip.config import ABOVE_ZERO, ModelConfig, require
 from accel_clip.faults import ConfigError, nearest
 from accel_clip.losses.base import LOSSES
+from accel_clip.typed import is_number
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,10 +63,10 @@ class DistillLoss:
         way = "name one as teachers: [{name: …, pretrained: …}], or image_columns and text_columns of the data"
         require(number > 0, "loss.options.teachers", teachers, way)
         self.scales = one_or_more(teacher_scales, (int, float)) or [None] * number
-        rule = f"it needs {number} numbers above 0, or null, one for each teacher, models first"
+        rule = f"it needs {number} numbers {ABOVE_ZERO.words}, or null, one for each teacher, models first"
         right = len(self.scales) == number and all(each is None or is_positive(each) for each in self.scales)
         require(right, "loss.options.teacher_scales", teacher_scales, rule)
-        require(is_positive(weight), "loss.options.weight", weight, "it must be above 0")
+        require(is_positive(weight), "loss.options.weight", weight, f"it must be {ABOVE_ZERO.words}")
         self.weight = weight
         self.running: list[Teacher] = []
         self.widths: list[int] = []
@@ -144,8 +145,8 @@ def one_or_more(value: Any, kind: type | tuple[type, ...]) -> list[Any]:
 
 
 def is_positive(value: Any) -> bool:
-    """Return whether an option is a finite number above zero."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and positive(value)
+    """Return whether an option is a number above zero, and not beyond all sense."""
+    return is_number(value) and ABOVE_ZERO.holds(value)
 
 
 def teacher_config(teacher: dict[str, Any]) -> ModelConfig:

@@ -11,13 +11,15 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from accel_clip.config import OptimConfig
-from accel_clip.faults import ConfigError
+from accel_clip.config import OptimConfig, require
+from accel_clip.faults import ConfigError, one_line
 from accel_clip.models.names import matches
 from accel_clip.registry import Registry, check_options
+from accel_clip.typed import Range
 
 # An optimizer is `(parameter_groups, lr, weight_decay, **options) -> torch.optim.Optimizer`: a function or a class.
 OPTIMIZERS = Registry("optimizer", setting="optim.name")
+SHARE = Range(0, 1)
 FUSED_DEVICE_TYPES = {"cpu", "cuda", "mps", "xpu"}  # where torch has one kernel for a whole AdamW step
 
 
@@ -51,6 +53,8 @@ def sgd(
     nesterov: bool = False,
 ) -> Optimizer:
     """torch.optim.SGD with momentum; its weight decay is added to the gradient (timm's sgdw decouples it)."""
+    for name, share in (("momentum", momentum), ("dampening", dampening)):
+        require(SHARE.holds(share), f"optim.options.{name}", share, f"it must be {SHARE.words}")
     return torch.optim.SGD(parameter_groups, lr, momentum, dampening, weight_decay, nesterov)
 
 
@@ -66,8 +70,8 @@ def build_optimizer(
     groups = parameter_groups(named_parameters, config, no_weight_decay)
     try:
         optimizer = factory(groups)
-    except (TypeError, ValueError) as problem:
-        raise ConfigError(f"optim.options: {config.name} refuses {config.options}: {problem}") from problem
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as problem:
+        raise ConfigError(f"optim.options: {config.name} refuses {config.options}: {one_line(problem)}") from problem
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
     return optimizer

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from accel_clip import typed
 from accel_clip.config import OptimConfig, require
 from accel_clip.registry import Registry, check_options
 
@@ -42,7 +43,8 @@ def cosine_restarts(step: int, num_steps: int, min_ratio: float, *, period: floa
     The first takes `period` steps, each other `multiplier` times as many as the one before it.
     """
     require(is_number(period) and period >= 1, f"{OPTIONS}.period", period, "it must be at least 1 step")
-    require(is_number(multiplier) and multiplier >= 1, f"{OPTIONS}.multiplier", multiplier, "it must be at least 1")
+    grows = is_number(multiplier) and (multiplier == 1 or 1.01 <= multiplier <= 1000)  # one restart after the other
+    require(grows, f"{OPTIONS}.multiplier", multiplier, "it must be 1, or at least 1.01, at most 1,000")
     position, length = (step, period) if multiplier > 1 else (step % period, period)
     while position >= length:
         position, length = position - length, length * multiplier
@@ -121,4 +123,4 @@ def between(min_ratio: float, share: float) -> float:
 
 def is_number(value: object) -> bool:
     """Return whether an option is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return typed.is_number(value) and math.isfinite(value)
