@@ -58,7 +58,9 @@ def load_config(file: Path | str) -> Config:
     try:
         return parse_config(["--config", str(file)], "accel-clip", "")
     except ConfigError as error:
-        raise ConfigError(f"{file}: {str(error).removeprefix(f'--config {file}: ').removeprefix(f'{file}: ')}") from error
+        raise ConfigError(
+            f"{file}: {str(error).removeprefix(f'--config {file}: ').removeprefix(f'{file}: ')}"
+        ) from error
 
 
 def config_of(settings: dict[str, Any]) -> Config:

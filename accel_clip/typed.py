@@ -43,7 +43,9 @@ class Range:
     def words(self) -> str:
         """Return the range in words."""
         least = f"{'above' if self.is_open else 'at least'} {written(self.lowest)}"
-        return f"{least} (.inf for no limit)" if math.isinf(self.highest) else f"{least}, at most {written(self.highest)}"
+        return (
+            f"{least} (.inf for no limit)" if math.isinf(self.highest) else f"{least}, at most {written(self.highest)}"
+        )
 
 
 def written(number: float) -> str:

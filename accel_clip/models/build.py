@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import os
@@ -23,7 +22,11 @@ from torch import Tensor
 
 from accel_clip.config import ModelConfig
 from accel_clip.faults import ConfigError, DataError, nearest, one_line
+from accel_clip.models.description import Description, Options, Preprocessing, check_description
+from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
+from accel_clip.models.size import require_room
 from accel_clip.network import go_offline_without_hub
+from accel_clip.typed_json import WrongContent, read_json
 
 TINY = Path(__file__).parent / "tiny.json"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
@@ -31,8 +34,10 @@ TOWER_WEIGHTS = ("pretrained_image_path", "pretrained_text_path")
 ARCHITECTURE = ("embed_dim", "vision_cfg", "text_cfg")
 BROKEN_WEIGHTS = (
     *(RuntimeError, AttributeError, LookupError, ValueError, EOFError, StopIteration, RecursionError, SafetensorError),
+    *(ArithmeticError, AssertionError, MemoryError),
 )
 """What the readers of weights raise for files that hold none, or those of another model."""
+MOST_BYTES = 1 << 20  # of a description, which fills a few hundred
 NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
 
 
@@ -57,14 +62,16 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
     if needs_hub(name, config.pretrained):
         go_offline_without_hub()
     model_config = resolved_config(name, options)
+    refuse_foreign_code(name, model_config)
     if needs_logit_bias and "init_logit_bias" not in model_config:
         start = {"init_logit_bias": SIGLIP_LOGIT_BIAS}
         if not has_weights(config):
             start["init_logit_scale"] = math.log(SIGLIP_LOGIT_SCALE)
         options, model_config = {**start, **options}, {**start, **model_config}
-    with tensors_alone():
+    with tensors_alone(), without_foreign_code():
         check_tower_weights(options)
-        clip = create(name, config, options)
+        clip = create(name, config, options, model_config)
+    check_description(clip.visual.preprocess_cfg, Preprocessing, f"model.name: {config.name}: preprocess_cfg")
     if not has_weights(config):
         initialise_decoder(clip)
     if needs_logit_bias and has_weights(config):
@@ -77,7 +84,9 @@ def tokenizer_of(config: ModelConfig) -> Callable[[list[str]], Tensor]:
     name = registered_name(config.name)
     if needs_hub(name, None):
         go_offline_without_hub()
-    return build_tokenizer(name, config.options.get("force_context_length"))
+    refuse_foreign_code(name, resolved_config(name, creation_options(config)))
+    with without_foreign_code():
+        return build_tokenizer(name, config.options.get("force_context_length"))
 
 
 def needs_hub(name: str, pretrained: str | None) -> bool:
@@ -99,6 +108,7 @@ def registered_name(name: str) -> str:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise ConfigError(f"model.name: {folder} holds no open_clip_config.json: name a folder that was exported")
+        read_description(folder / "open_clip_config.json")
     elif not name.startswith("hf-hub:") and name.replace("/", "-") not in open_clip.list_models():
         known = ["tiny", *open_clip.list_models()]
         raise ConfigError(
@@ -110,16 +120,21 @@ def registered_name(name: str) -> str:
 
 def register_json(file: Path) -> str:
     """Return the name of a model that is described in a JSON file of open_clip's form."""
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model.name: {file} cannot be read: {one_line(error)}") from error
+    described = read_description(file)
     require_architecture(described, str(file))
     known = get_model_config(file.stem)
     if known is not None and known != described:
         raise ConfigError(f"model.name: {file} has the name of another model, '{file.stem}': rename the file")
     register_file(file)
     return file.stem
+
+
+def read_description(file: Path) -> Any:
+    """Return what a JSON file holds, which is not larger than a description; raises `ConfigError`."""
+    try:
+        return read_json(file, Any, MOST_BYTES)
+    except (OSError, WrongContent) as error:
+        raise ConfigError(f"model.name: {file} cannot be read: {one_line(error)}") from error
 
 
 def require_architecture(described: Any, name: str) -> None:
@@ -134,6 +149,7 @@ def require_architecture(described: Any, name: str) -> None:
             f"model.name: {name} asks for 'trust_remote_code', which would run programs that somebody else wrote: "
             "use a model whose code is in transformers"
         )
+    check_description(described, Description, f"model.name: {name}")
 
 
 def trusts_remote_code(value: Any) -> bool:
@@ -157,6 +173,7 @@ def creation_options(config: ModelConfig) -> dict[str, Any]:
                 f"model.options: '{key}' is not a setting of the architecture: use model.name, model.pretrained and "
                 "train.precision"
             )
+    check_description(config.options, Options, "model.options")
     return dict(config.options)
 
 
@@ -183,6 +200,7 @@ def resolved_config(name: str, options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             "model.options: 'trust_remote_code' would run programs that somebody else wrote: leave it out"
         )
+    check_description(config, Description, "model.options")
     return config
 
 
@@ -201,8 +219,11 @@ def has_weights(config: ModelConfig) -> bool:
     return config.pretrained is not None or config.name.startswith(("hf-hub:", "local-dir:"))
 
 
-def create(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
-    """Return open_clip's model; its errors come back with the setting that caused them."""
+def create(name: str, config: ModelConfig, options: dict[str, Any], model_config: dict[str, Any]) -> Any:
+    """Return open_clip's model; its errors come back with the setting that caused them.
+
+    model_config: the description with the options in it.
+    """
     tags = open_clip.list_pretrained_tags_by_model(name)
     pretrained = config.pretrained
     if pretrained is not None and ":" in name:
@@ -216,13 +237,13 @@ def create(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
     what = f"model.pretrained: '{pretrained}'" if pretrained else f"model.name: '{config.name}'"
     logging.getLogger().addFilter(_is_not_random_notice)
     try:
+        require_room(model_config, what)
         return open_clip.create_model(
             name, pretrained, output_dict=True, **{"require_pretrained": has_weights(config), **options}
         )
     except TypeError as error:
-        raise ConfigError(
-            f"model.options: {config.options} does not suit '{config.name}': {one_line(error)}"
-        ) from error
+        cause = f"model.options: {config.options} does not suit '{config.name}'" if config.options else what
+        raise ConfigError(f"{cause}: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise more_than_tensors(what) from error
     except BROKEN_WEIGHTS as error:

@@ -261,7 +261,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run_and_not_asked_about(
     (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')\nclass Mine: pass\n")
     monkeypatch.setattr("builtins.input", lambda *words: "y")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DataError, match="tokenizer"):
+    with pytest.raises(ConfigError, match="not run"):
         build_model(ModelConfig(f"local-dir:{folder}"))
     assert not canary.exists()
 

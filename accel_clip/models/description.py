@@ -1,0 +1,106 @@
+"""A look at what describes a model before open_clip builds it: every number in its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from accel_clip.faults import ConfigError
+from accel_clip.typed import Range, WrongValue, fit, require_ordinary_numbers
+
+Layers = Annotated[int, Range(1, 256)]
+Width = Annotated[int, Range(1, 10**6)]
+Number = Annotated[int, Range(1, 10**5)]
+Pixels = Annotated[int, Range(1, 10**5)]
+Token = Annotated[int, Range(0, 10**9)]
+Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(0, 1000, is_open=True)]
+Exponent = Annotated[float, Range(-100, 100)]
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """The numbers of `vision_cfg` that decide what is built; what is left out has open_clip's default."""
+
+    layers: Layers | tuple[Layers, Layers, Layers, Layers] | None = None
+    width: Width | None = None
+    head_width: Width | None = None
+    mlp_ratio: Factor | None = None
+    patch_size: Pixels | None = None
+    image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    patch_dropout: Share | None = None
+    attn_pooler_queries: Number | None = None
+    attn_pooler_heads: Number | None = None
+    timm_model_name: str | None = None
+    timm_drop: Share | None = None
+    timm_drop_path: Share | None = None
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The numbers of `text_cfg`, and the names of what comes from elsewhere."""
+
+    layers: Layers | None = None
+    width: Width | None = None
+    heads: Number | None = None
+    mlp_ratio: Factor | None = None
+    context_length: Annotated[int, Range(1, 10**6)] | None = None
+    vocab_size: Annotated[int, Range(1, 10**9)] | None = None
+    pad_id: Token | None = None
+    eos_id: Token | None = None
+    hf_model_name: str | None = None
+    hf_tokenizer_name: str | None = None
+    tokenizer_kwargs: dict | None = None
+
+
+@dataclass(frozen=True)
+class Decoder(TextTower):
+    """The numbers of `multimodal_cfg`."""
+
+    dim_head: Number | None = None
+    n_queries: Number | None = None
+    attn_pooler_heads: Number | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model in open_clip's form."""
+
+    embed_dim: Width
+    vision_cfg: VisionTower
+    text_cfg: TextTower
+    multimodal_cfg: Decoder | None = None
+    quick_gelu: bool | None = None
+    custom_text: bool | None = None
+    init_logit_scale: Exponent | None = None
+    init_logit_bias: Exponent | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers among `model.options` that are no parts of a description."""
+
+    force_image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    force_context_length: Annotated[int, Range(1, 10**6)] | None = None
+    force_patch_dropout: Share | None = None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its pictures; what is left out has open_clip's default."""
+
+    size: Pixels | tuple[Pixels, Pixels]
+    mean: tuple[Exponent, Exponent, Exponent]
+    std: tuple[Factor, Factor, Factor]
+    interpolation: str
+    resize_mode: str
+    fill_color: Annotated[int, Range(0, 255)]
+
+
+def check_description(described: Any, kind: type, name: str) -> None:
+    """Raise `ConfigError` for a number that is not in its range; name: the setting, and what it names."""
+    try:
+        fit(described, kind, "")
+        require_ordinary_numbers(described, "")
+    except WrongValue as error:
+        raise ConfigError(f"{name}: {error}") from error
