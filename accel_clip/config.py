@@ -116,15 +116,15 @@ class DataConfig:
         require(len(self.train) > 0, "data.train", self.train, "name at least one source")
         require(not isinstance(self.train, str), "data.train", self.train, "it must be a list")
         require(self.val is None or len(self.val) > 0, "data.val", self.val, "name at least one source, or null")
-        require(self.val_fraction != 1, "data.val_fraction", self.val_fraction, "it must be below 1")
         items = [item for item in (*self.train, *(self.val or [])) if isinstance(item, SourceConfig)]
         for caption_key in (self.caption_key, *(item.caption_key for item in items)):
             require_words(caption_key)
         require_ranges(self, "data.")
+        require(self.val_fraction != 1, "data.val_fraction", self.val_fraction, "it must be below 1")
         known = ("crop", "none")
         require(self.augmentation in known, "data.augmentation", self.augmentation, "it must be crop or none")
-        for item in items:
-            require_ranges_of(item)
+        for source in items:
+            require_ranges_of(source)
         for item in self.val or []:
             refuse_weight(item, "data.val")
 

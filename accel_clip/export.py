@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accel_clip.checkpoint.contents import check_run, read_state
 from accel_clip.checkpoint.find import find_best, find_whole
 from accel_clip.checkpoint.manifest import Checkpoint
-from accel_clip.checkpoint.restore import load_json, load_weights
-from accel_clip.checkpoint.snapshot import STATE
+from accel_clip.checkpoint.restore import load_weights
 from accel_clip.command_line import load_config
 from accel_clip.config import ModelConfig
 from accel_clip.console import say
-from accel_clip.faults import ConfigError, DataError, StorageError
+from accel_clip.faults import ConfigError, DataError, StorageError, one_line
 from accel_clip.files.lock import LOCK
 from accel_clip.files.marked import MARK, Draft, require_own, settle
 from accel_clip.models.build import ClipModel, build_model, tokenizer_of
 from accel_clip.run_folder import EXPORT, RunFolder
-from accel_clip.run_state import RunState
+from accel_clip.typed_json import WrongContent, read_json
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
@@ -92,8 +92,8 @@ def export_run(run: Path, to: Path | None) -> Path:
 def model_of_run(paths: RunFolder) -> Exported:
     """Return the model of a run from its checkpoints, or from its export where none is left."""
     watches = paths.holds_run() and load_config(paths.config).stop.metric is not None
-    best = find_best(paths.checkpoints) if watches else None
-    checkpoint = best or find_whole(paths.checkpoints)
+    best = find_best(paths.checkpoints, check_run) if watches else None
+    checkpoint = best or find_whole(paths.checkpoints, check_run)
     if checkpoint is not None:
         say(f"the {'newest' if best is None else 'best'} checkpoint: {checkpoint.path}")
         return model_in(checkpoint, is_best=best is not None)
@@ -107,21 +107,25 @@ def model_of_run(paths: RunFolder) -> Exported:
 
 def model_in(checkpoint: Checkpoint, is_best: bool) -> Exported:
     """Return the model in a checkpoint, with what was measured of just these weights."""
-    state = load_json(checkpoint, STATE)
-    described, run = state["model"], RunState(**state["run"])
+    state = read_state(checkpoint)
+    described, run = state.model, state.run
     measured = run.best_metrics if is_best else (run.metrics if run.evaluated_step == run.step else None)
     weights = {
         name.removeprefix(OF_THE_MODEL): tensor
         for name, tensor in load_weights(checkpoint).items()
         if name.startswith(OF_THE_MODEL)
     }
-    tokenizer = tokenizer_of(ModelConfig(**state["config"]["model"]))
-    return Exported(weights, described["model_config"], described["preprocess_config"], tokenizer, measured or {})
+    tokenizer = tokenizer_of(ModelConfig(**asdict(state.config.model)))
+    return Exported(weights, described.model_config, described.preprocess_config, tokenizer, measured or {})
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """Return what was measured of an exported model."""
-    return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    """Return what was measured of an exported model; raises `ConfigError` for a file that does not say it."""
+    try:
+        metrics: dict[str, float] = read_json(folder / METRICS, dict[str, float])
+    except (OSError, WrongContent) as error:
+        raise ConfigError(f"{folder}: {one_line(error)}: write the export again by accel-clip export") from error
+    return metrics
 
 
 def plain_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

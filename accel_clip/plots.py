@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from io import BytesIO
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from accel_clip.command_line import load_config
 from accel_clip.faults import ConfigError, StorageError
 from accel_clip.files.whole import write_bytes
 from accel_clip.run_folder import RunFolder
+from accel_clip.typed_json import WrongContent, parse_json
 
 SOFTWARE = "accel_clip"
 """What a PNG of ours says it was made by; another one is not replaced."""
@@ -61,17 +61,31 @@ def write_picture(picture: Path, png: BytesIO) -> Path:
     return picture
 
 
+def read_points(metrics: Path) -> list[dict[str, float | None]]:
+    """Return the points of a `metrics.jsonl`, each with its step; raises `ConfigError` naming the line that is none."""
+    points = []
+    try:
+        for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
+            point = parse_json(line, dict[str, float | None], f"line {number}")
+            if point.get("step") is None:
+                raise WrongContent(f"line {number}: step: it is missing")
+            points.append(point)
+    except (OSError, WrongContent) as error:
+        raise ConfigError(f"{metrics}: {error}: mend or remove the line") from error
+    return points
+
+
 def plot_curves(metrics: Path, picture: Path) -> Path:
     """Draw loss, recall, learning rate and logit scale over the steps of a `metrics.jsonl`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install 'accel-clip[plots]'") from error
-    points = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    points = read_points(metrics)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
-            known = [(point["step"], point[name]) for point in points if name in point]
+            known = [(point["step"], point[name]) for point in points if point.get(name) is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), label=name, marker="." if len(known) < 30 else None)
         axes.set(title=title, xlabel="step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -17,6 +18,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.files.lock import held_error, is_held
 from accel_clip.files.marked import stands_whole
 from accel_clip.run_folder import RunFolder
+from accel_clip.typed_json import WrongContent, read_json
 
 MAY_CHANGE = (
     *("output_dir", "train.epochs", "train.steps", "train.micro_batch_size", "train.activation_gib", "train.threads"),
@@ -25,6 +27,13 @@ MAY_CHANGE = (
 )
 """Settings, or sections ending in a dot, that decide nothing about the steps that were taken."""
 LENGTHENS = ("train.epochs", "train.steps")
+
+
+@dataclass(frozen=True)
+class WithSettings:
+    """What of a checkpoint's `state.json` tells the settings of its run."""
+
+    config: dict
 
 
 def check_folder(config: Config) -> None:
@@ -68,8 +77,8 @@ def settings_of(folder: RunFolder, otherwise: Config) -> Config:
     if folder.has_own_config() or folder.config.stat().st_size:
         return load_config(folder.config)
     for checkpoint in newest_first(folder.checkpoints):
-        with suppress(OSError, ValueError, LookupError, TypeError, ConfigError):
-            return config_of(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"])
+        with suppress(OSError, WrongContent, ConfigError):
+            return config_of(read_json(checkpoint / "state.json", WithSettings).config)
     return otherwise
 
 

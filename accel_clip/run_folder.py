@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,26 @@ from accel_clip.files.lock import FolderLock, held_error
 from accel_clip.files.marked import MARK, Mark, read_mark, require_link, require_own, settle, write_mark
 from accel_clip.files.whole import cut, write_text
 from accel_clip.redaction import masked
+from accel_clip.run_state import Count
+from accel_clip.typed_json import WrongContent, read_json
 
 EXPORT, FEATURES, PICTURES, CHECKPOINTS = "export", "features", "decoded pictures", "checkpoints"
 """Kinds of marked folders in the folder of a run."""
 SIDES = ("image", "text")
 OF_CHECKPOINTS = (MARK, "manifest.json")
+MOST_BYTES = 1 << 20  # of a status
 CONFIG_MARK = "# Written by accel_clip: the settings of the run in this folder, replaced at every start.\n"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `STATUS.json` says."""
+
+    state: str
+    step: Count
+    exit_code: int | None = None
+    error: str | None = None
+    resume_command: str = ""
 
 
 class RunFolder:
@@ -152,12 +167,11 @@ class RunFolder:
         write_json(self.status, status)
 
     def read_status(self) -> dict[str, Any]:
-        """Return `STATUS.json`, empty where it cannot be read."""
+        """Return `STATUS.json`, empty where it cannot be read or is of another kind."""
         try:
-            status = json.loads(self.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return asdict(read_json(self.status, Status, MOST_BYTES))
+        except (OSError, WrongContent):
             return {}
-        return status if isinstance(status, dict) else {}
 
     def write_end(self, state: str, step: int, exit_code: int, error: str, command: str) -> None:
         """Say in `STATUS.json` why a run ended early, unless another process has said it or the disk is full."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from accel_clip.typed import Range
+
+Count = Annotated[int, Range(0, 10**18)]
 
 
 @dataclass
@@ -18,15 +22,15 @@ class RunState:
     than the model reads.
     """
 
-    step: int = 0
-    next_batch: int = 0
-    evaluated_step: int | None = None
+    step: Count = 0
+    next_batch: Count = 0
+    evaluated_step: Count | None = None
     stop_asked: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     best_metrics: dict[str, float] | None = None
-    num_non_finite: int = 0
-    num_pairs: dict[str, int] = field(default_factory=dict)
-    num_cut_captions: int = 0
+    num_non_finite: Count = 0
+    num_pairs: dict[str, Count] = field(default_factory=dict)
+    num_cut_captions: Count = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain JSON."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_clip.checkpoint.background import Writer
+from accel_clip.checkpoint.contents import Look
 from accel_clip.checkpoint.find import find_newest_for_all, open_checkpoint
 from accel_clip.checkpoint.folders import set_aside_newer
 from accel_clip.checkpoint.manifest import Checkpoint
@@ -28,14 +29,21 @@ from accel_clip.randomness import derive_seed
 class Saver:
     """Saves a run and puts it back. The first process writes; every process takes part, so that all know how it went.
 
-    parts: the unwrapped model and the loss; scaler: the state of fp16's gradient scaler goes with them.
+    parts: the unwrapped model and the loss; scaler: the state of fp16's gradient scaler goes with them; look: whether a
+    checkpoint is one of a run with these settings.
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, parts: nn.Module, optimizer: Optimizer
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        config: CheckpointConfig,
+        parts: nn.Module,
+        optimizer: Optimizer,
+        look: Look,
     ) -> None:
         self.accelerator, self.folder, self.config = accelerator, folder, config
-        self.parts, self.optimizer = parts, optimizer
+        self.parts, self.optimizer, self.look = parts, optimizer, look
         self.writer = Writer(folder, config.keep) if accelerator.is_main_process else None
         self.error: StorageError | None = None
         self.begin = self.last_save = time.monotonic()
@@ -92,8 +100,8 @@ class Saver:
         Raises `ConfigError` for a path in `checkpoint.resume` that cannot be used.
         """
         if self.config.resume in ("auto", "never"):
-            return find_newest_for_all(self.accelerator, self.folder)
-        checkpoint = open_checkpoint(Path(self.config.resume))
+            return find_newest_for_all(self.accelerator, self.folder, self.look)
+        checkpoint = open_checkpoint(Path(self.config.resume), self.look)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and checkpoint.path.resolve().parent == self.folder.resolve():
             set_aside_newer(self.folder, checkpoint.step)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from accel_clip.assembly import assemble
 from accel_clip.check import check_files, check_names
+from accel_clip.checkpoint.contents import check_run
 from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
 from accel_clip.command_line import save_config
@@ -61,6 +63,7 @@ from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import check_metric
 from accel_clip.timetable import Timetable
 from accel_clip.tracking import TRAINING_METRICS
+from accel_clip.typed import fit
 from accel_clip.watchdog import Watchdog
 
 SECONDS_FOR_A_SERVER = 600.0
@@ -149,7 +152,10 @@ class Trainer:
         settle_gradient_buckets(self.assembly.place)
         torch.manual_seed(derive_seed(config.seed, "dropout", accelerator.process_index))
         parts = nn.ModuleDict({"clip": self.model.clip, "loss": nn.ParameterList(self.loss.parameters())})
-        self.saver = Saver(accelerator, self.folder.checkpoints, config.checkpoint, parts, self.assembly.optimizer)
+        goes_past = config.train.non_finite == "rollback"
+        look = partial(check_run, batches_per_step=config.train.accumulate, is_exact=not goes_past)
+        optimizer = self.assembly.optimizer
+        self.saver = Saver(accelerator, self.folder.checkpoints, config.checkpoint, parts, optimizer, look)
 
     def build_evaluator(self) -> None:
         """Read the held-out pairs and the labelled pictures; raises `ConfigError` for a metric that is not measured."""
@@ -186,7 +192,7 @@ class Trainer:
     def load_state(self, saved: dict[str, Any]) -> None:
         """Take over what a checkpoint holds beside weights and the place in the data."""
         self.saved = saved
-        self.state = RunState(**saved["run"])
+        self.state = fit(saved["run"], RunState, "run")
         self.logbook.load_state_dict(saved)
 
     def state_dict(self) -> dict[str, Any]:
@@ -458,7 +464,7 @@ class Trainer:
 
     def chosen(self) -> Exported:
         """Return the weights to export and what was measured of them: the best ones, or the last."""
-        best = find_best(self.folder.checkpoints) if self.config.stop.metric is not None else None
+        best = find_best(self.folder.checkpoints, check_run) if self.config.stop.metric is not None else None
         if best is None or self.state.best_metrics is None:
             return exported_model(self.model, self.state.metrics)
         return model_in(best, is_best=True)

@@ -43,6 +43,7 @@ class Range:
     def words(self) -> str:
         """Return the range in words."""
         least = f"{'above' if self.is_open else 'at least'} {written(self.lowest)}"
+        least = "0 or more" if self.lowest == 0 and not self.is_open else least
         return (
             f"{least} (.inf for no limit)" if math.isinf(self.highest) else f"{least}, at most {written(self.highest)}"
         )
@@ -112,12 +113,17 @@ def fit_fields(value: Any, kind: type[T], key: str) -> T:
         raise WrongValue(key, value, "it must be an object with keys and values")
     hints, found = get_type_hints(kind, include_extras=True), {}
     for field in fields(kind):  # type: ignore[arg-type]
-        name = f"{key}.{field.name}" if key else field.name
+        name = inner_key(key, field.name)
         if field.name in value:
             found[field.name] = fit(value[field.name], hints[field.name], name)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise WrongValue(name, None, "it is missing")
     return kind(**found)
+
+
+def inner_key(key: str, name: object) -> str:
+    """Return what an entry of a mapping is called."""
+    return f"{key}.{shown(name, '')}" if key else shown(name, "")
 
 
 def fit_list(value: Any, inner: tuple[Any, ...], key: str) -> list[Any]:
@@ -140,7 +146,7 @@ def fit_dict(value: Any, inner: tuple[Any, ...], key: str) -> dict[Any, Any]:
     """Return a dictionary whose keys and values are what they must be."""
     if not isinstance(value, Mapping):
         raise WrongValue(key, value, "it must be an object with keys and values")
-    return {fit(name, inner[0], key): fit(item, inner[1], f"{key}.{shown(name, '')}") for name, item in value.items()}
+    return {fit(name, inner[0], key): fit(item, inner[1], inner_key(key, name)) for name, item in value.items()}
 
 
 def is_whole(value: Any) -> bool:
@@ -174,7 +180,7 @@ def numbers_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, int 
         raise WrongValue(key[:MOST_DEPTH], None, "its values nest too deeply")
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from numbers_in(item, f"{key}.{shown(name, '')}" if key else shown(name, ""), depth + 1)
+            yield from numbers_in(item, inner_key(key, name), depth + 1)
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             yield from numbers_in(item, f"{key}[{number}]", depth + 1)

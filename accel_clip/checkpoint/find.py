@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from accel_clip.checkpoint.contents import Look, check_files
 from accel_clip.checkpoint.folders import BEST, folder_name, newest_first, pointed, step_of
 from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, read_checkpoint, verify
 from accel_clip.console import say
@@ -27,7 +28,7 @@ def recover(folder: Path) -> None:
         raise StorageError(f"{folder}: what a killed run left could not be removed: {error}") from error
 
 
-def find_newest(folder: Path) -> Checkpoint | None:
+def find_newest(folder: Path, look: Look = check_files) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none.
 
     For one process: damaged ones are renamed to `step-….corrupt`, and one line says why and what is used instead.
@@ -36,7 +37,7 @@ def find_newest(folder: Path) -> Checkpoint | None:
     newest = None
     for path in newest_first(folder):
         try:
-            newest = verify_step(path)
+            newest = verify_step(path, look)
             break
         except InvalidCheckpoint as reason:
             damaged.append(f"{path.name}: {reason} (now {set_aside(path, 'corrupt').name})")
@@ -46,15 +47,15 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return newest
 
 
-def find_whole(folder: Path) -> Checkpoint | None:
+def find_whole(folder: Path, look: Look = check_files) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none; damaged ones stay where they are."""
     for path in newest_first(folder):
         with suppress(InvalidCheckpoint):
-            return verify_step(path)
+            return verify_step(path, look)
     return None
 
 
-def find_newest_for_all(accelerator: Accelerator, folder: Path) -> Checkpoint | None:
+def find_newest_for_all(accelerator: Accelerator, folder: Path, look: Look = check_files) -> Checkpoint | None:
     """Clean up and search on the first process, and return what it found on every one.
 
     Collective. Raises `ConfigError` on a machine that does not see the folder.
@@ -62,7 +63,7 @@ def find_newest_for_all(accelerator: Accelerator, folder: Path) -> Checkpoint | 
     newest = None
     if accelerator.is_main_process:
         recover(folder)
-        newest = find_newest(folder)
+        newest = find_newest(folder, look)
     found = torch.tensor(-1 if newest is None else newest.step, device=accelerator.device)
     step = int(broadcast(found))
     if newest is not None or step < 0:
@@ -74,29 +75,32 @@ def find_newest_for_all(accelerator: Accelerator, folder: Path) -> Checkpoint | 
         raise ConfigError(f"output_dir: {path}: {reason}: all machines must share the folder of the run") from reason
 
 
-def find_best(folder: Path) -> Checkpoint | None:
+def find_best(folder: Path, look: Look = check_files) -> Checkpoint | None:
     """Return the checkpoint that `BEST` points to, None when there is none that verifies."""
     path = pointed(folder, BEST)
     try:
-        return None if path is None else verify_step(path)
+        return None if path is None else verify_step(path, look)
     except InvalidCheckpoint as reason:
         say(f"warning: the best checkpoint cannot be used: {path}: {reason}")
         return None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, look: Look = check_files) -> Checkpoint:
     """Return the checkpoint in a folder that the user named; raises `ConfigError` when it does not verify."""
     try:
-        return verify(path)
+        checkpoint = verify(path)
+        look(checkpoint)
+        return checkpoint
     except InvalidCheckpoint as reason:
         raise ConfigError(
             f"checkpoint.resume: {path} cannot be used: {reason}: name another step-… folder, or use 'auto'"
         ) from reason
 
 
-def verify_step(path: Path) -> Checkpoint:
-    """Verify a checkpoint under the name of its step; raises `InvalidCheckpoint`."""
+def verify_step(path: Path, look: Look) -> Checkpoint:
+    """Verify a checkpoint under the name of its step, and what it holds; raises `InvalidCheckpoint`."""
     checkpoint = verify(path)
     if checkpoint.step != step_of(path):
         raise InvalidCheckpoint(f"it holds step {checkpoint.step}")
+    look(checkpoint)
     return checkpoint

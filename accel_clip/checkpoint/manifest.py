@@ -6,19 +6,40 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
 from accel_clip.files.whole import hash_of
+from accel_clip.run_state import Count
+from accel_clip.typed import Range
+from accel_clip.typed_json import WrongContent, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 3
 LIBRARIES = ("torch", "accelerate", "open_clip_torch", "accel-clip")
-NUMBERS = ("format", "step", "num_processes")
 
 
 class InvalidCheckpoint(Exception):
     """A folder that is no checkpoint, or no longer; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of a checkpoint in its manifest: its size, and its hash in hexadecimal."""
+
+    bytes: Count
+    blake2b: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says."""
+
+    format: Count
+    step: Count
+    num_processes: Annotated[int, Range(1, 2**20)]
+    versions: dict[str, str]
+    files: dict[str, ListedFile]
 
 
 @dataclass(frozen=True)
@@ -57,12 +78,12 @@ def verify(path: Path) -> Checkpoint:
 
     Raises `InvalidCheckpoint`.
     """
-    files = read_manifest(path)["files"]
+    files = read_manifest(path).files
     try:
         for name, listed in files.items():
-            check_size(path / name, listed["bytes"])
+            check_size(path / name, listed.bytes)
         for name, listed in files.items():
-            if hash_of(path / name) != listed["blake2b"]:
+            if hash_of(path / name) != listed.blake2b:
                 raise InvalidCheckpoint(f"{name} is damaged: its hash is not the one in {MANIFEST}")
     except OSError as error:
         raise InvalidCheckpoint(f"a file cannot be read: {error}") from error
@@ -72,7 +93,7 @@ def verify(path: Path) -> Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in a folder by its manifest alone; raises `InvalidCheckpoint`."""
     manifest = read_manifest(path)
-    return Checkpoint(path, manifest["step"], manifest["num_processes"], manifest["versions"])
+    return Checkpoint(path, manifest.step, manifest.num_processes, manifest.versions)
 
 
 def check_size(file: Path, listed: int) -> None:
@@ -84,31 +105,23 @@ def check_size(file: Path, listed: int) -> None:
         raise InvalidCheckpoint(f"{file.name} has {size} bytes of {listed}")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """Return the manifest of a checkpoint; raises `InvalidCheckpoint` unless it has all its parts."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: Manifest = read_json(path / MANIFEST, Manifest)
     except FileNotFoundError:
         raise InvalidCheckpoint(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise InvalidCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{MANIFEST} is not JSON") from error
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), int) for key in NUMBERS):
-        raise InvalidCheckpoint(f"{MANIFEST} lacks one of {', '.join(NUMBERS)}")
-    if manifest["format"] != FORMAT:
-        raise InvalidCheckpoint(f"its format is {manifest['format']} and this version reads {FORMAT}")
-    if not isinstance(manifest.get("versions"), dict) or not lists_all_files(manifest):
+    except WrongContent as error:
+        raise InvalidCheckpoint(str(error)) from error
+    if manifest.format != FORMAT:
+        raise InvalidCheckpoint(f"its format is {manifest.format} and this version reads {FORMAT}")
+    if len(manifest.files) != 4 + manifest.num_processes or set(manifest.files) != expected_files(
+        manifest.num_processes
+    ):
         raise InvalidCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
     return manifest
-
-
-def lists_all_files(manifest: dict[str, Any]) -> bool:
-    """Return whether a manifest gives a size and a hash for exactly the files that make a checkpoint."""
-    files, num_processes = manifest.get("files"), manifest["num_processes"]
-    if not isinstance(files, dict) or len(files) != 4 + num_processes or set(files) != expected_files(num_processes):
-        return False
-    return all(isinstance(listed, dict) and {"bytes", "blake2b"} <= set(listed) for listed in files.values())
 
 
 def library_versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, 
 from accel_clip.checkpoint.tensors import load_optimizer_state, unflatten
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import RandomState
+from accel_clip.typed_json import WrongContent, read_json
 
 
 def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -26,12 +26,11 @@ def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> dict
     checkpoint is of another model or optimizer.
     """
     tensors = load_tensors(checkpoint, OPTIMIZER_TENSORS)
-    optimizer_state = unflatten(load_json(checkpoint, OPTIMIZER), tensors)
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     try:
         model.load_state_dict(load_weights(checkpoint))
-        load_optimizer_state(inner, optimizer_state)
-    except (RuntimeError, ValueError, KeyError, IndexError) as problem:
+        load_optimizer_state(inner, unflatten(load_json(checkpoint, OPTIMIZER), tensors))
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ConfigError(
             f"{checkpoint.path} is of another model or optimizer: set the model and optim settings it was made with, "
             f"or name another output_dir ({' '.join(str(problem).split())[:300]})"
@@ -48,9 +47,14 @@ def restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> b
     now = RandomState(device)
     if set(saved) != {"cpu", device.type}:
         return False
+    before = now.cpu
     now.cpu = saved["cpu"]
     now.on_device = None if now.on_device is None else saved[device.type]
-    now.restore()
+    try:
+        now.restore()
+    except (RuntimeError, TypeError):  # of another version of torch, or of nothing
+        torch.set_rng_state(before)
+        return False
     return True
 
 
@@ -65,5 +69,8 @@ def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def load_json(checkpoint: Checkpoint, name: str) -> Any:
-    """Return the content of a JSON file."""
-    return json.loads((checkpoint.path / name).read_text(encoding="utf-8"))
+    """Return the content of a JSON file; raises `ConfigError` where it is none."""
+    try:
+        return read_json(checkpoint.path / name, dict)
+    except WrongContent as error:
+        raise ConfigError(f"{checkpoint.path}: {error}: name another output_dir") from error

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from accel_clip.faults import ConfigError
 
+OF_THE_SETTINGS = ("peak_lr", "weight_decay")  # in a group of parameters, where no step changes them
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -44,7 +45,10 @@ def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the nested state that `flatten` was given, with tensors from `tensors`."""
+    """Return the nested state that `flatten` was given, with tensors from `tensors`.
+
+    Raises ValueError, LookupError, TypeError or AttributeError for what `flatten` never gives.
+    """
     if isinstance(value, list):
         return [unflatten(entry, tensors) for entry in value]
     if not isinstance(value, dict):
@@ -52,11 +56,12 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
-    if kind == "dtype":
-        return getattr(torch, content)
+    if kind == "dtype" and isinstance(dtype := getattr(torch, content), torch.dtype):
+        return dtype
     if kind == "tuple":
         return tuple(unflatten(entry, tensors) for entry in content)
-    assert kind == "mapping", kind
+    if kind != "mapping":
+        raise ValueError(f"{str(kind)[:80]!r} with {str(content)[:80]!r}")
     return {key: unflatten(entry, tensors) for key, entry in content}
 
 
@@ -65,9 +70,14 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     torch moves the state to each parameter's device (and the step count to where fused and capturable kernels want it),
     but it also casts to the parameter's dtype, and stored tensors have lost their memory layout, which fused kernels
-    rely on; both are put right here. Raises ValueError or KeyError for the state of other parameters.
+    rely on; both are put right here. Raises ValueError or KeyError for the state of other parameters, and for other
+    rates than this one was built with, which a schedule multiplies.
     """
+    built = [{name: group.get(name) for name in OF_THE_SETTINGS} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    loaded_groups = [{name: group.get(name) for name in OF_THE_SETTINGS} for group in optimizer.param_groups]
+    if loaded_groups != built:
+        raise ValueError(f"its groups have {loaded_groups}, and the settings say {built}")
     for parameter, loaded, saved in matched_states(optimizer, state):
         for key, value in saved.items():
             now = loaded.get(key)

@@ -7,20 +7,21 @@ is written beside its place and moved there when it is whole: one that was cut o
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy
 
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import REASONS, UnusableSample
 from accel_clip.faults import DataError, StorageError
 from accel_clip.files.marked import Draft
 from accel_clip.run_folder import write_json
+from accel_clip.typed_json import WrongContent, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,18 +29,30 @@ if TYPE_CHECKING:
 Fingerprint = dict[str, str | int | float]
 
 
+@dataclass(frozen=True)
+class About:
+    """What a folder was computed from, and the items that could not be used: reason, detail and path by key."""
+
+    fingerprint: Fingerprint
+    unusable: dict[str, tuple[str, str, str | None]]
+
+
 class CacheFolder:
     """What is known by key, read from disk; a copy in another process maps the same memory.
 
-    A broken folder raises OSError, ValueError, KeyError or TypeError.
+    A broken folder raises OSError, ValueError or `WrongContent`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        self.fingerprint: Fingerprint = about["fingerprint"]
-        self.unusable = {int(key): tuple(problem) for key, problem in about["unusable"].items()}
-        self.keys = numpy.load(folder / "keys.npy", mmap_mode="r")
+        about: About = read_json(folder / "about.json", About)
+        self.fingerprint = about.fingerprint
+        self.unusable = {int(key): problem for key, problem in about.unusable.items()}
+        if not {reason for reason, _, _ in self.unusable.values()} <= set(REASONS):
+            raise ValueError("about.json gives a reason that there is not")
+        self.keys = load_array(folder / "keys.npy", numpy.int64, 1)
+        if (numpy.diff(self.keys) <= 0).any():
+            raise ValueError("keys are not in ascending order")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -63,9 +76,17 @@ class CacheFolder:
         """Return what a folder was computed from that is different now: [] when it can be used, None if not whole."""
         try:
             stored = cls(folder).fingerprint
-        except (OSError, ValueError, KeyError, TypeError):  # whatever a broken folder makes of the readers
+        except (OSError, ValueError, WrongContent):  # whatever a broken folder makes of the readers
             return None
         return [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+
+
+def load_array(file: Path, kind: type[numpy.generic], num_dimensions: int) -> numpy.ndarray:
+    """Return an array that is mapped into memory; raises OSError, and ValueError for another kind or shape."""
+    array: numpy.ndarray = numpy.load(file, mmap_mode="r")
+    if array.dtype != kind or array.ndim != num_dimensions:
+        raise ValueError(f"{file.name} holds {array.dtype} in {array.ndim} dimensions")
+    return array
 
 
 class CacheWriter:

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from accel_clip.data.cache_folder import CacheFolder, CacheWriter
+from accel_clip.data.cache_folder import CacheFolder, CacheWriter, load_array
 from accel_clip.run_folder import FEATURES
 
 
@@ -20,7 +20,7 @@ class FeatureCache(CacheFolder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.features = numpy.load(folder / "features.npy", mmap_mode="r")
+        self.features = load_array(folder / "features.npy", numpy.float32, 2)
         if len(self.keys) != len(self.features):
             raise ValueError(f"{len(self.keys)} keys and {len(self.features)} rows")
 

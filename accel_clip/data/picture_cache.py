@@ -13,8 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from accel_clip.data.cache_folder import CacheFolder, CacheWriter
+from accel_clip.data.cache_folder import CacheFolder, CacheWriter, load_array
 from accel_clip.run_folder import PICTURES
+
+MOST_SIDE = 2**20  # of a picture's three, whose product then fits into 64 bits
 
 
 class PictureCache(CacheFolder):
@@ -24,8 +26,12 @@ class PictureCache(CacheFolder):
         super().__init__(folder)
         file = folder / "pixels.bin"
         self.num_bytes = file.stat().st_size
-        self.places = numpy.load(folder / "places.npy", mmap_mode="r")
+        self.places = load_array(folder / "places.npy", numpy.int64, 2)
+        if self.places.shape[1] != 4 or self.places.min(initial=0) < 0 or self.places[:, 1:].max(initial=0) > MOST_SIDE:
+            raise ValueError("places.npy does not say where pictures stand")
         sizes = self.places[:, 1:].prod(1)
+        if (self.places[:, 0] != numpy.cumsum(sizes) - sizes).any():
+            raise ValueError("places.npy has gaps")
         if len(self.keys) != len(self.places) or self.num_bytes != sizes.sum():
             raise ValueError(f"{len(self.keys)} keys, {len(self.places)} places and {self.num_bytes} bytes")
         empty = numpy.empty(0, numpy.uint8)  # which cannot be mapped

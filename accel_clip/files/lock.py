@@ -11,16 +11,26 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from accel_clip.console import say
 from accel_clip.faults import ConfigError
+from accel_clip.typed_json import WrongContent, read_json
 
 LOCK = ".accel_clip.lock"
 HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 SECONDS_OF_A_LOOK = 1.0  # another process may just be looking whether the lock is free, which takes it for a moment
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as the file of the lock says."""
+
+    pid: int
+    host: str
 
 
 class FolderLock:
@@ -104,9 +114,9 @@ def lock(descriptor: int) -> None:
 def held_error(folder: Path) -> ConfigError:
     """Return the error for a run folder that another process owns, which it names where it can."""
     try:
-        holder = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        who = f"process {int(holder['pid'])} on {str(holder['host'])[:80]}"
-    except (OSError, ValueError, TypeError, LookupError):
+        holder: Holder = read_json(folder / LOCK, Holder)
+        who = f"process {holder.pid} on {holder.host[:80]}"
+    except (OSError, WrongContent):
         who = "another process"
     return ConfigError(
         f"output_dir: {who} trains in {folder}: wait for its end, stop it (the same command goes on with its run), or "

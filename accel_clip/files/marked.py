@@ -18,6 +18,7 @@ from accel_clip.faults import ConfigError, StorageError
 from accel_clip.files.lock import LOCK, FolderLock, is_held
 from accel_clip.files.names import CONDEMNED, DRAFT, REPLACED, beside, place_of, state_of, unfinished
 from accel_clip.files.whole import hash_of, sync_file, sync_folder, write_text
+from accel_clip.typed_json import WrongContent, read_json
 
 MARK = ".accel_clip.json"
 OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in every folder they show
@@ -232,12 +233,10 @@ def listing(folder: Path, editable: Collection[str]) -> dict[str, tuple[int, str
 def read_mark(folder: Path) -> Mark | None:
     """Return the mark of a folder, None where there is none of ours."""
     try:
-        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        files = content["files"]
-        entries = None if files is None else {str(name): (int(size), digest) for name, (size, digest) in files.items()}
-        return Mark(str(content["kind"]), entries)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        mark: Mark = read_json(folder / MARK, Mark)
+    except (OSError, WrongContent):
         return None
+    return mark
 
 
 def write_mark(folder: Path, mark: Mark) -> None:

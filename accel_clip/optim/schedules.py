@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from accel_clip import typed
 from accel_clip.config import OptimConfig, require
@@ -121,6 +122,6 @@ def between(min_ratio: float, share: float) -> float:
     return min_ratio + (1 - min_ratio) * share
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether an option is a finite number."""
     return typed.is_number(value) and math.isfinite(value)

@@ -391,13 +391,13 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("manifest.json", empty, "manifest.json is not JSON"),
     ("manifest.json", truncate, "manifest.json is not JSON"),
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
-    ("manifest.json", lambda file: file.write_text("[]"), "manifest.json lacks"),
+    ("manifest.json", lambda file: file.write_text("[]"), "manifest.json: [] does not work"),
     ("manifest.json", change_manifest(format=99), "its format is 99 and this version reads 3"),
-    ("manifest.json", change_manifest(step=None), "manifest.json lacks"),
+    ("manifest.json", change_manifest(step=None), "manifest.json: step: None does not work"),
     ("manifest.json", change_manifest(step=8), "it holds step 8"),
     ("manifest.json", change_manifest(files={}), "does not list the files"),
     ("manifest.json", change_manifest(num_processes=2), "does not list the files"),
-    ("manifest.json", change_manifest(num_processes=2**62), "does not list the files"),
+    ("manifest.json", change_manifest(num_processes=2**62), "manifest.json: num_processes: 46"),
 ]
 
 

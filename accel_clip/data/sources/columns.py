@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 from pyarrow import types
 
-from accel_clip.faults import ConfigError, nearest
+from accel_clip.faults import ConfigError, DataError, nearest
+from accel_clip.typed import WrongValue, fit
+from accel_clip.typed_json import WrongContent, parse_json
 
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
@@ -97,8 +98,33 @@ def holds_bytes(kind: pyarrow.DataType) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
 
-def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """Return the names of the classes that columns count, as `datasets` writes them into a table's metadata."""
-    written = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(written)["info"]["features"] if written else {}
-    return {column: feature["names"] for column, feature in features.items() if "names" in feature}
+@dataclass(frozen=True)
+class Info:
+    """What `datasets` knows of a table: what each column is."""
+
+    features: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `datasets` writes into a table."""
+
+    info: Info | None = None
+
+
+def class_names(schema: pyarrow.Schema, columns: Sequence[str], name: str) -> dict[str, list[str]]:
+    """Return the names of the classes that some of the columns count, as `datasets` writes them into the metadata.
+
+    Raises `DataError` for metadata that name them in no way that can be read.
+    """
+    written = (schema.metadata or {}).get(b"huggingface", b"{}")
+    names = {}
+    try:
+        info = parse_json(written, Metadata, "'huggingface'").info or Info()
+        for column in columns:
+            feature = (info.features or {}).get(column)
+            if isinstance(feature, dict) and "names" in feature:
+                names[column] = fit(feature["names"], list[str], f"'huggingface': info.features.{column}.names")
+    except (WrongContent, WrongValue) as error:
+        raise DataError(f"{name}: in its metadata {error}: write the table anew, without these metadata") from error
+    return names

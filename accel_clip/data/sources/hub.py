@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accel_clip.data.sources.base import SOURCES, Source
+from accel_clip.data.sources.table_files import broken_table_errors
 from accel_clip.faults import DataError
 from accel_clip.network import go_offline_without_hub
 
@@ -42,12 +43,11 @@ def open_saved(folder: Path, options: SourceOptions) -> Source:
 def load_hub(name: str, split: str) -> Dataset:
     """Return a split of a dataset; raises `DataError` naming the dataset, in one line."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     refuse_unpickling(name)
     try:
         return load_dataset(name, split=split)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a script instead of data
+    except broken_table_errors() as error:  # RuntimeError: a script instead of data
         raise DataError(f"hf:{name}:{split} cannot be loaded: {first_line(error)}") from error
 
 
@@ -60,11 +60,10 @@ def refuse_unpickling(name: str) -> None:
 def load_saved(folder: Path) -> Dataset:
     """Return a saved dataset; raises `DataError` for one that is broken, or has several splits but no `train`."""
     from datasets import DatasetDict, load_from_disk
-    from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_from_disk(str(folder))
-    except (DatasetsError, OSError, ValueError, LookupError) as error:  # LookupError: it has no rows
+    except broken_table_errors() as error:  # LookupError: it has no rows
         raise DataError(f"{folder}: the saved dataset cannot be loaded: {first_line(error)}") from error
     if not isinstance(dataset, DatasetDict):
         return dataset

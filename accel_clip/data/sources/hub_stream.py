@@ -174,7 +174,8 @@ def of_the_data() -> tuple[type[Exception], ...]:
     """Return the errors that another attempt does not better."""
     from datasets.exceptions import DatasetsError
 
-    return ValueError, TypeError, LookupError, ArithmeticError, DatasetsError, pyarrow.ArrowException
+    of_another_kind = (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError)
+    return (*of_another_kind, DatasetsError, pyarrow.ArrowException)
 
 
 def of_either() -> tuple[type[Exception], ...]:

@@ -6,7 +6,6 @@ with a usual ending, or one that a setting names, are ever read; none is unpickl
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,8 @@ from accel_clip.data.sources.shard_texts import (
 )
 from accel_clip.data.sources.tar_index import TarIndex, index_all
 from accel_clip.data.text_files import require_text_encoding
+from accel_clip.run_state import Count
+from accel_clip.typed_json import WrongContent, read_json
 
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
@@ -187,10 +188,10 @@ def say_what_is_lost(paths: Sequence[Path], indexes: Sequence[TarIndex], num_sam
 def written_sizes(file: Path) -> dict[str, int]:
     """Return how many samples each shard has by the `sizes.json` that WebDataset's programs write, empty without."""
     try:
-        written = json.loads(file.read_bytes())
-        return {str(name): int(count) for name, count in written.items()}
+        sizes: dict[str, int] = read_json(file, dict[str, Count])
+        return sizes
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, WrongContent) as error:
         console.say(f"warning: {file} cannot be read and is left out: {error}")
         return {}

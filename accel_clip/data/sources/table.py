@@ -42,7 +42,7 @@ class TableSource:
     ) -> None:
         self.name, self.columns = name, columns
         self.table = table.select(columns.names())
-        self.class_names = class_names(table.schema)
+        self.class_names = class_names(table.schema, columns.names(), name)
         self.widths = {column: usual_width(table.column(column), column, name) for column in columns.extra}
         kind = table.schema.field(columns.image).type
         self.has_structs, self.has_bytes = holds_pictures(kind), holds_bytes(kind)

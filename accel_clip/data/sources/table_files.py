@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import pyarrow
 
 from accel_clip.data.sources.cells import parts_of, storable, texts_in
+from accel_clip.data.sources.columns import class_names
 from accel_clip.data.text_files import open_text
 from accel_clip.faults import DataError
 
@@ -127,12 +128,22 @@ def holds_objects(value: Any) -> bool:
 def read_parquet(path: Path, encoding: str | None) -> pyarrow.Table:
     """Return a .parquet through the cache of `datasets`: memory-mapped, so that pictures in it need no memory."""
     from datasets import Dataset
-    from datasets.exceptions import DatasetsError
+    from pyarrow import parquet
 
     try:
+        schema = parquet.read_schema(path)
+        class_names(schema, schema.names, str(path))
         return Dataset.from_parquet(str(path)).data
-    except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
+    except broken_table_errors() as error:
         raise DataError(f"{path}: not a parquet table that can be read: {str(error).partition(chr(10))[0]}") from error
+
+
+def broken_table_errors() -> tuple[type[Exception], ...]:
+    """Return what `datasets` raises for broken data, and for descriptions of them that are of another kind."""
+    from datasets.exceptions import DatasetsError
+
+    of_another_kind = (TypeError, AttributeError, LookupError, RecursionError, AssertionError)
+    return (DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException, *of_another_kind)
 
 
 READERS: dict[str, Callable[[Path, str | None], pyarrow.Table]] = {

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 
@@ -27,11 +26,14 @@ from accel_clip import console
 from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Member, list_members
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.whole import write_bytes
+from accel_clip.run_state import Count
+from accel_clip.typed_json import WrongContent, parse_json, read_bytes
 
 FORMAT = "accel-clip tar index"
 VERSION = 1
 SIDE_FILE_SUFFIX = ".accel-clip-index"
 BUFFER_BYTES = 1 << 16
+HEAD_BYTES = 1 << 20  # an index is smaller than its shard, but for its first line
 MEMBER = numpy.dtype([("sample", "<u4"), ("extension", "<u4"), ("offset", "<i8"), ("size", "<i8")])
 KEY_END = numpy.dtype("<u4")
 KEY_AND_EXTENSION = re.compile(rb"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
@@ -132,8 +134,8 @@ def load_index(path: Path) -> TarIndex | None:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     for side_file in side_files(path):
-        with contextlib.suppress(OSError):
-            index = unpack(side_file.read_bytes())
+        with contextlib.suppress(OSError, WrongContent):
+            index = unpack(read_bytes(side_file, status.st_size + HEAD_BYTES))  # names stand in the shard too
             if index and (index.num_bytes, index.mtime_ns) == (status.st_size, status.st_mtime_ns):
                 return index
     return None
@@ -174,20 +176,45 @@ def pack(index: TarIndex) -> bytes:
     return json.dumps(head).encode() + b"\n" + arrays
 
 
+@dataclass(frozen=True)
+class Head:
+    """The first line of a kept index."""
+
+    format: str
+    version: int
+    num_bytes: Count
+    mtime_ns: int
+    num_members: Count
+    num_samples: Count
+    extensions: list[str]
+    problem: str | None
+    checksum: Count
+
+
 def unpack(raw: bytes) -> TarIndex | None:
     """Return the index in bytes that `pack` wrote, or None for any other bytes."""
     line, _, arrays = raw.partition(b"\n")
     try:
-        head: dict[str, Any] = json.loads(line)
-        if (head["format"], head["version"], head["checksum"]) != (FORMAT, VERSION, zlib.crc32(arrays)):
+        head: Head = parse_json(line, Head, FORMAT)
+        if (head.format, head.version, head.checksum) != (FORMAT, VERSION, zlib.crc32(arrays)):
             return None
-        num_members, num_samples = head["num_members"], head["num_samples"]
-        members = numpy.frombuffer(arrays, MEMBER, num_members)
-        key_ends = numpy.frombuffer(arrays, KEY_END, num_samples, members.nbytes)
-        keys = arrays[members.nbytes + key_ends.nbytes :]
-        extensions, problem = tuple(map(str, head["extensions"])), head["problem"]
-        if (members["sample"] >= num_samples).any():
-            return None
-        return TarIndex(head["num_bytes"], head["mtime_ns"], members, key_ends, keys, extensions, problem)
-    except (ValueError, TypeError, LookupError, RecursionError):
+        members = numpy.frombuffer(arrays, MEMBER, head.num_members)
+        key_ends = numpy.frombuffer(arrays, KEY_END, head.num_samples, members.nbytes)
+    except (WrongContent, ValueError):
         return None
+    keys = arrays[members.nbytes + key_ends.nbytes :]
+    index = TarIndex(head.num_bytes, head.mtime_ns, members, key_ends, keys, tuple(head.extensions), head.problem)
+    return index if is_sound(index) else None
+
+
+def is_sound(index: TarIndex) -> bool:
+    """Return whether samples, extensions and keys are there as they are counted, and members lie in the shard.
+
+    They stand there one after the other, as `build_index` lists them.
+    """
+    members, offsets, sizes = index.members, index.members["offset"], index.members["size"]
+    counted = (members["sample"] < index.num_samples).all() and (members["extension"] < len(index.extensions)).all()
+    inside = ((offsets >= 0) & (sizes >= 0) & (sizes <= index.num_bytes) & (offsets <= index.num_bytes - sizes)).all()
+    in_order = (offsets[1:] >= offsets[:-1] + sizes[:-1]).all()
+    ends = numpy.concatenate([[0], index.key_ends]).astype(numpy.int64)
+    return bool(counted and inside and in_order and (numpy.diff(ends) > 0).all() and ends[-1] == len(index.keys))
