@@ -14,6 +14,8 @@ from accel_clip import console
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest, recognised
 from accel_clip.redaction import masked, printable
 from accel_clip.signals import Interruptible, following_launcher
+from accel_clip.typed import Range
+from accel_clip.typed import shown as shown_value
 
 TRAIN_HELP = (
     "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."
@@ -24,6 +26,7 @@ CHECK_HELP = (
     "settings it takes --samples N (pairs to look at, 500), --seconds S (to measure speed for, 10; 0 = not), "
     "--processes N (that will train, 1) and --json. Ends with exit code 0, 2 (settings) or 3 (data)."
 )
+CHECK_RANGES = {"samples": Range(1, 10**9), "seconds": Range(0, 86400), "processes": Range(1, 2**16)}
 KINDS = ("losses", "optimizers", "schedules", "sources", "models", "trackers")
 
 
@@ -118,8 +121,9 @@ def check_command(arguments: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options, settings = parser.parse_known_args(arguments)
-    if options.samples < 1 or options.processes < 1 or not 0 <= options.seconds < float("inf"):
-        raise ConfigError("accel-clip check: --samples and --processes must be at least 1, --seconds 0 or more")
+    for name, limits in CHECK_RANGES.items():
+        if not limits.holds(getattr(options, name)):
+            raise ConfigError(f"accel-clip check: --{name} {shown_value(getattr(options, name))}: {limits.words}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("accel-clip check runs in one process: say how many will train by --processes")
     from accel_clip.preflight.command import check
