@@ -25,6 +25,8 @@ GLOB = re.compile(r"[*\[]")
 COMPANIONS = frozenset({SUFFIX, ".accel-clip-index", ".json", ".parquet", ".idx"})
 """Endings of files in a folder of shards: the shards, their indexes, and what programs that write shards add."""
 
+LONGEST_LABEL, LONGEST_HOST = 63, 253  # characters of a part of a host's name, and of all of it
+LARGEST_PORT = 65535
 MOST_SHARDS = 1_000_000
 MOST_NAMES_SHOWN = 100
 
@@ -78,13 +80,25 @@ def split_address(address: str, setting: str) -> SplitResult:
     """Return the parts of an address; raises `ConfigError` for one without a host, or with a port that is none."""
     try:
         parts = urlsplit(address)
-        if not parts.hostname or parts.port == 0:
-            raise ValueError("it names no host")
+        problem = problem_of_host(parts.hostname or "", parts.port)
+        if problem:
+            raise ValueError(f"it {problem}")
     except ValueError as error:
         raise ConfigError(
             f"{setting}: '{address}' is no address: {error}: write https://host/folder/0000.tar"
         ) from error
     return parts
+
+
+def problem_of_host(host: str, port: int | None) -> str:
+    """Return why nothing can be connected to, beginning with a verb, or an empty string."""
+    try:
+        labels = host.encode("idna").removesuffix(b".").split(b".")
+    except UnicodeError:
+        return "names a host of which a part is empty or too long"
+    if not host or not all(0 < len(label) <= LONGEST_LABEL for label in labels) or sum(map(len, labels)) > LONGEST_HOST:
+        return "names no host"
+    return "" if port is None or 0 < port <= LARGEST_PORT else f"names the port {port}, which is none"
 
 
 def means_shards(written: str) -> bool:
