@@ -1,9 +1,11 @@
-"""A web server in a thread that answers as badly as a test wants it to."""
+"""Web servers in threads that answer as badly as a test wants them to: files badly served, or bytes of any kind."""
 
 from __future__ import annotations
 
+import socket
+import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,3 +100,40 @@ def send_file(request: BaseHTTPRequestHandler, content: bytes, wanted: str | Non
         body = body[: behaviour.drop_after]
     with suppress(OSError):  # the reader has left
         request.wfile.write(body)
+
+
+Rude = Callable[[bytes], Iterator[bytes]]
+"""From the head of a request to what is sent, piece by piece; then the connection is closed."""
+
+
+@contextmanager
+def rudely_served(rude: Rude) -> Iterator[str]:
+    """Answer every request with bytes of any kind, without end if they have none, and yield the server's address."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):  # the reader has left
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for piece in rude(head_of_request(self.request)):
+                    self.request.sendall(piece)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def head_of_request(connection: socket.socket) -> bytes:
+    """Return a request up to its empty line."""
+    head = b""
+    while b"\r\n\r\n" not in head and (more := connection.recv(1 << 16)):
+        head += more
+    return head

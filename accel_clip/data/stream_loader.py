@@ -20,6 +20,8 @@ from accel_clip.randomness import derive_seed
 
 EPOCHS_TO_KNOW = 2
 """passes over a lane in which nothing may stand in a batch, after which it is clear that nothing ever will"""
+MOST_UNUSABLE = 100_000
+"""samples in search of those of a batch: a shard that never ends has no second pass"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class StreamParts(IterableDataset[Batch | DataError]):
         for given in lane:
             epoch = given.mark.epoch
             first_epoch = epoch if first_epoch is None else first_epoch
-            if epoch - first_epoch >= EPOCHS_TO_KNOW:
+            if epoch - first_epoch >= EPOCHS_TO_KNOW or len(met) >= MOST_UNUSABLE:
                 break
             sample = derive_seed("streamed", self.lanes.seed, given.shard, given.item.end)
             try:

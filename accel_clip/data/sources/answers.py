@@ -1,4 +1,4 @@
-"""What a server's answer says, read narrowly: a server may send anything, and what makes no sense counts as not said."""
+"""What a server's answer says, read narrowly: it may send anything, and what makes no sense counts as not said."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ import httpx2
 from accel_clip.data.sources.answers import LeadsNowhere, address_in
 
 PIECE_SECONDS = 1.0
-MOST_BESIDE_BYTES = 1 << 20
+MOST_BESIDE_BYTES = 1 << 18
 MOST_REDIRECTS = 20
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 BROKEN = (
@@ -111,8 +111,8 @@ class Pace:
         if seconds < self.patience.window_seconds:
             return
         if self.num_bytes < self.patience.least_bytes:
-            least = f"{self.patience.least_bytes:,} in {self.patience.window_seconds:.0f} s"
-            raise TryAgain(f"{self.num_bytes:,} bytes of the file in {seconds:.0f} s, where the least is {least}")
+            least = f"{self.patience.least_bytes:,} in {self.patience.window_seconds:g} s"
+            raise TryAgain(f"{self.num_bytes:,} bytes of the file in {seconds:.1f} s, where the least is {least}")
         self.begin()
 
 
@@ -219,9 +219,7 @@ def proxy_for(address: httpx2.URL) -> httpcore2.Proxy | None:
 
 def core_url(address: httpx2.URL) -> httpcore2.URL:
     """Return an address as the lower library takes it."""
-    return httpcore2.URL(
-        scheme=address.raw_scheme, host=address.raw_host, port=address.port, target=address.raw_path
-    )
+    return httpcore2.URL(scheme=address.raw_scheme, host=address.raw_host, port=address.port, target=address.raw_path)
 
 
 def request(address: httpx2.URL, headers: Mapping[str, str], pace: Pace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pyarrow
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import SOURCES, Pair, Stream, Streamed
 from accel_clip.data.sources.columns import Columns
+from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.hub import (
     DEFAULT_SPLIT,
     NAME_AND_SPLIT,
@@ -23,7 +24,7 @@ from accel_clip.data.sources.hub import (
     refuse_unpickling,
 )
 from accel_clip.data.sources.numbers import numbers_of
-from accel_clip.data.sources.remote import WORTH_ANOTHER_ATTEMPT, Patience
+from accel_clip.data.sources.remote import WORTH_ANOTHER_ATTEMPT
 from accel_clip.data.sources.resolve import SAVED_DATASET_FILES
 from accel_clip.data.sources.table import TableSource, source_over
 from accel_clip.faults import DataError

@@ -6,18 +6,20 @@ setting and no usual ending asks for are passed over, and one picture at a time 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.decode import looks_like
 from accel_clip.data.sources.base import Pair, Streamed
-from accel_clip.data.sources.remote import Patience, RemoteFile
+from accel_clip.data.sources.connections import Patience
+from accel_clip.data.sources.remote import RemoteFile
 from accel_clip.data.sources.shard_names import find_addresses
 from accel_clip.data.sources.shard_texts import (
     LARGEST_PICTURE_BYTES,
@@ -31,7 +33,7 @@ from accel_clip.data.sources.shard_texts import (
     text_rules,
     text_too_large,
 )
-from accel_clip.data.sources.tar_headers import Archive, ForwardFile, Member, padded
+from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Archive, ForwardFile, Member, padded
 from accel_clip.data.sources.tar_index import COMPRESSED, key_and_extension
 from accel_clip.data.text_files import require_text_encoding
 from accel_clip.faults import DataError
@@ -45,7 +47,10 @@ END = 1 << 62
 NUM_SHARDS_TO_TRY = 3
 NUM_SAMPLES_TO_LOOK_AT = 20
 BYTES_TO_LOOK_AT = 1 << 26
-PATIENCE_AT_START = Patience(waits_seconds=(1.0, 2.0))
+MOST_MEMBERS_FOR_A_SAMPLE = 100_000
+MOST_BYTES_FOR_A_SAMPLE = 1 << 34
+MOST_BYTES_AT_START = 1 << 28  # before the first member of a sample
+PATIENCE_AT_START = Patience(waits_seconds=(1.0, 2.0), tell=say)
 
 
 @dataclass
@@ -64,6 +69,33 @@ class Gathered:
     def text(self, extension: str) -> bytes | None:
         """Return the bytes of a text member, None without one; raises `UnusableSample`."""
         return given(self.texts.get(extension))
+
+
+class Limit:
+    """How far a shard is gone through in search of one sample, since one may go on without any, and without end.
+
+    problem: why it was left, None as long as it was not.
+    """
+
+    def __init__(self, address: str, most_bytes: int = MOST_BYTES_FOR_A_SAMPLE) -> None:
+        self.address, self.most_bytes = address, most_bytes
+        self.problem: UnusableSample | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin anew, since a sample has come."""
+        self.num_members, self.num_bytes = 0, 0
+
+    def counted(self, members: Iterable[Member]) -> Iterator[Member]:
+        """Yield members, until there are too many, or too many bytes, since the beginning."""
+        for member in members:
+            if self.num_members >= MOST_MEMBERS_FOR_A_SAMPLE or self.num_bytes >= self.most_bytes:
+                found = f"{self.num_members:,} members of {self.num_bytes:,} bytes in a row"
+                self.problem = UnusableSample("unreadable", f"{found} end no sample", self.address)
+                return
+            yield member
+            self.num_members += 1
+            self.num_bytes += BLOCK_BYTES + padded(member.num_bytes)
 
 
 class RemoteShards:
@@ -115,13 +147,17 @@ class RemoteShards:
 
     def samples(self, archive: Archive, address: str) -> Iterator[Gathered]:
         """Yield the samples of an archive that have a picture or a text; raises `UnusableSample` where it breaks."""
-        named = ((key_and_extension(member.name), member) for member in archive.members())
+        limit = Limit(address)
+        named = ((key_and_extension(member.name), member) for member in limit.counted(archive.members()))
         wanted = ((*names, member) for names, member in named if names and self.is_wanted(names[1]))
         for key, members in groupby(wanted, key=itemgetter(0)):
             gathered = Gathered(f"{address}/{key.decode(errors='backslashreplace')}")
             for _, extension, member in members:
                 self.take(gathered, extension, member, archive.file)
             yield gathered
+            limit.begin()
+        if limit.problem:
+            raise limit.problem
 
     def is_wanted(self, extension: str) -> bool:
         """Return whether members with that extension are pictures or texts."""
@@ -218,10 +254,11 @@ def beginning_of(
     """Return the extensions of the first samples and the objects in their .json members; raises `DataError`."""
     failures = []
     for address in addresses[:NUM_SHARDS_TO_TRY]:
+        say(f"looking at the beginning of {address}")
         with RemoteFile(address, patience=patience) as file:
             archive = Archive(file)
             try:
-                present, records = look_at(archive, encodings)
+                present, records = look_at(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
                 problem = problem_of(archive, masked(address))
             except UnusableSample as failure:
                 present, problem = [], failure
@@ -234,15 +271,19 @@ def beginning_of(
     raise DataError(f"{name} cannot be read, {tried} tried: {'; '.join(failures)}")
 
 
-def look_at(archive: Archive, encodings: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the extensions of the first samples of an archive and the objects in their .json members."""
+def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the extensions of the first samples of an archive and the objects in their .json members.
+
+    Raises `UnusableSample` where the limit is reached before there is any.
+    """
     keys: set[bytes] = set()
     present: dict[str, None] = {}
     records: list[dict[str, Any]] = []
-    for member in archive.members():
+    for member in limit.counted(archive.members()):
         names = key_and_extension(member.name)
         if names is None:
             continue
+        limit.begin()
         key, extension = names
         keys.add(key)
         if len(keys) > NUM_SAMPLES_TO_LOOK_AT:
@@ -254,4 +295,6 @@ def look_at(archive: Archive, encodings: tuple[str, ...]) -> tuple[list[str], li
             content = archive.file.read(member.num_bytes)
             with suppress(UnusableSample):
                 records.append(SampleTexts([RECORD], {RECORD: content}.get, "", encodings).record())
+    if limit.problem and not present:
+        raise limit.problem
     return list(present), records

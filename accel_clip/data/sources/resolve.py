@@ -174,6 +174,8 @@ def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
     if path.is_dir():
         saved = any((path / file).is_file() for file in SAVED_DATASET_FILES)
         return Location("saved" if saved else "folder", written)
+    if not path.is_file():
+        raise DataError(f"{setting}: '{written}' is neither a file nor a folder: {FORMS}")
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise DataError(f"{setting}: '{written}' is a file of the unknown kind '{path.suffix}'; {FORMS}")
     return Location("table", written)

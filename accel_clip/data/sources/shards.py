@@ -187,11 +187,11 @@ def say_what_is_lost(paths: Sequence[Path], indexes: Sequence[TarIndex], num_sam
 
 def written_sizes(file: Path) -> dict[str, int]:
     """Return how many samples each shard has by the `sizes.json` that WebDataset's programs write, empty without."""
+    if not file.is_file():
+        return {}
     try:
         sizes: dict[str, int] = read_json(file, dict[str, Count])
         return sizes
-    except FileNotFoundError:
-        return {}
     except (OSError, WrongContent) as error:
         console.say(f"warning: {file} cannot be read and is left out: {error}")
         return {}

@@ -14,6 +14,8 @@ from typing import BinaryIO, Protocol
 BLOCK_BYTES = 512
 ZEROS = bytes(BLOCK_BYTES)
 LONGEST_EXTENSION_BYTES = 1 << 20
+MOST_EXTENSIONS = 64  # that describe one member; programs write up to four
+MOST_SPARSE_BLOCKS = 1 << 16  # of a map of holes: more than a million of them
 MOST_SIZE_DIGITS = 18  # of numbers that surely fit in 64 bits
 REGULAR = frozenset(b"0\x007")
 WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: whatever size their header claims
@@ -25,7 +27,10 @@ PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in an archive: its name and where its bytes are, which may lie behind the end of a cut archive."""
+    """A member of an archive: its name and where its bytes are, which may lie behind the end of a cut archive.
+
+    The name is empty where there is no regular file: folders, links and the like, which whoever counts members counts.
+    """
 
     name: bytes
     offset: int
@@ -99,11 +104,11 @@ class Archive:
         self.head = b""
 
     def members(self) -> Iterator[Member]:
-        """Yield the regular files, at the place of their bytes: as many as are not read are passed over.
+        """Yield the members, at the place of their bytes: as many as are not read are passed over.
 
-        Sparse files are left out. What the file itself raises is passed on.
+        What the file itself raises is passed on.
         """
-        file, extended = self.file, NOTHING
+        file, extended, num_extensions = self.file, NOTHING, 0
         while True:
             start = file.tell()
             block = file.read(BLOCK_BYTES)
@@ -114,6 +119,8 @@ class Archive:
             try:
                 header, data = parse_header(block), file.tell()
                 if header.kind in EXTENSIONS:
+                    num_extensions += 1
+                    require_few(num_extensions)
                     extended = extend(extended, header, read_extension(file, header))
                 elif header.continues:
                     pass_over_sparse_map(file)
@@ -124,23 +131,32 @@ class Archive:
             size = header.num_bytes
             if header.kind not in EXTENSIONS:
                 size = header.num_bytes if extended.num_bytes is None else extended.num_bytes
-                name, is_sparse = extended.name or header.name, extended.is_sparse
-                if (
-                    header.kind in REGULAR and not is_sparse and not name.endswith(b"/")
-                ):  # so old archives wrote folders
-                    yield Member(name, data, size)
                 size = 0 if header.kind in WITHOUT_DATA else size
-                extended = NOTHING
+                yield Member(name_of(header, extended), data, size)
+                extended, num_extensions = NOTHING, 0
             if not pass_to(file, data + size):
                 self.problem = f"it ends inside of a member, at byte {file.tell():,}"
                 return
             pass_to(file, padded(data + size))
 
 
+def name_of(header: Header, extended: Extended) -> bytes:
+    """Return the name of a regular file, empty for all else; old archives wrote folders as files without bytes."""
+    name = extended.name or header.name
+    is_file = header.kind in REGULAR and not extended.is_sparse and not name.endswith(b"/")
+    return name if is_file else b""
+
+
+def require_few(num_extensions: int) -> None:
+    """Raise `BrokenHeader` for more extended headers than any member has."""
+    if num_extensions > MOST_EXTENSIONS:
+        raise BrokenHeader(f"there are more than {MOST_EXTENSIONS} extended headers for one member")
+
+
 def list_members(file: BinaryIO, num_bytes: int) -> tuple[list[Member], str | None]:
     """Return the regular files of an archive on a disk in order, and what is wrong with its end or None."""
     archive = Archive(LocalFile(file, num_bytes))
-    members = list(archive.members())
+    members = [member for member in archive.members() if member.name]
     return members, archive.problem
 
 
@@ -237,9 +253,10 @@ def pax_records(content: bytes) -> dict[bytes, bytes]:
 
 def pass_over_sparse_map(file: ForwardFile) -> None:
     """Pass over the blocks that map the holes of an old GNU sparse file; raises `BrokenHeader`."""
-    more = True
-    while more:
+    for _ in range(MOST_SPARSE_BLOCKS):
         block = file.read(BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
             raise BrokenHeader("there is a broken sparse file")
-        more = block[504] != 0
+        if block[504] == 0:
+            return
+    raise BrokenHeader("there is a sparse file without end")
