@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -52,6 +53,9 @@ def guarded(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         console.say("interrupted")
         return INTERRUPTED_EXIT_CODE
+    except Exception:  # whatever is our own bug: its traceback may hold an address with a credential
+        console.write_line(traceback.format_exc().rstrip())
+        return 1
     return 0
 
 

@@ -50,10 +50,15 @@ class BadSample:
     epoch: int
     its_turn: bool = True
 
+    def place(self) -> tuple[str, int | str]:
+        """Return the source and the sample in it, as they are kept in checkpoints."""
+        return masked(self.source), masked(self.sample) if isinstance(self.sample, str) else self.sample
+
     def line(self) -> str:
         """Return the sample as a line of JSON; paths in tables are addresses with credentials at times."""
         written = {name: value for name, value in asdict(self).items() if name != "its_turn"}
-        return masked(json.dumps(written, ensure_ascii=False)) + "\n"
+        shown = {name: masked(value) if isinstance(value, str) else value for name, value in written.items()}
+        return json.dumps(shown, ensure_ascii=False) + "\n"
 
 
 class UnusableData(DataError):
@@ -89,8 +94,9 @@ class BadSampleLog:
         for bad in everyone:
             self.num_met += bad.its_turn
             self.num_missing += bad.its_turn and bad.reason == MISSING
-            if (bad.source, bad.sample) not in self.listed:
-                self.listed[bad.source, bad.sample] = None
+            place = bad.place()
+            if place not in self.listed:
+                self.listed[place] = None
                 self.counts[bad.reason] += 1
                 new.append(bad)
         if new and accelerator.is_main_process:

@@ -28,7 +28,7 @@ from PIL import Image
 from accel_clip import cli
 from accel_clip.command_line import load_config, parse_config, save_config
 from accel_clip.config import Config, DataConfig, ModelConfig, SourceConfig
-from accel_clip.data.bad_samples import BadSample, UnusableSample
+from accel_clip.data.bad_samples import BadSample, BadSampleLog, UnusableSample
 from accel_clip.data.captions import choose_caption
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.sources import table_files
@@ -684,6 +684,133 @@ SECRETS = {
     "a word that is no setting": ["--data.trian", SIGNED],
     "a wrong value": ["--optim.lr", SIGNED],
 }
+
+
+ADDRESS = "https://example.org/0.tar"
+NAMED = [
+    *("?pwd=", "?pass=", "?jwt=", "?sessionid=", "?sas=", "?bearer=", "#access_token=", ";token=", "?%74oken="),
+    *("?hdnts=", "?a=b&password=", "?Pass-Word=", "?user.passwd=", "?API-Key=", "?apiKey=", "?x-api_key="),
+    *("?accessToken=", "?sid=", "?%2574oken=", "?T%4fKEN=", "%3Ftoken=", "?x%26token%3D"),
+    *("?next=https%3A%2F%2Fh%2F%3Fsig%3D", "?u=http://h/?jwt=", "?X-Amz-Signature=", "?X-Amz-Security-Token="),
+    *("?AWSAccessKeyId=", "?Signature=", "?X-Goog-Signature=", "?sig=", "?sv=2024-01-01&se=2027&sig="),
+    *("?OSSAccessKeyId=", "?q-signature=", "?hdnea=exp=1~hmac=", "?hdntl=", "?__token__=", "?auth_token="),
+    *("?oauth_token=", "?refresh_token=", "?id_token=", "?client_secret=", "?PHPSESSID=", "?JSESSIONID="),
+    *(";jsessionid=", "#token=", "#a=b&id_token=", "?authorization=", "?key=", "?credential=", "?passphrase="),
+    *("?token2=", "?auth=", "?private_key=", "?AccountKey=", ";SharedAccessSignature=", "&amp;token="),
+    "?auth[token]=",
+]
+"""Each followed by a credential of any form."""
+
+LETTERS = "CANARY0123canaryCANARY4567canaryCANARY89"
+TOKENS = [
+    *("github_pat_" + LETTERS, "ghp_" + LETTERS[:36], "ghr_" + LETTERS[:36], "glpat-" + LETTERS[:20]),
+    *("gldt-" + LETTERS[:20], "xoxb-123456789012-123456789012-" + LETTERS[:24], "xoxp-1-" + LETTERS),
+    *("xapp-1-A0-" + LETTERS, "sk-proj-" + LETTERS, "sk-ant-api03-" + LETTERS, "sk-" + LETTERS),
+    *("npm_" + LETTERS[:36], "AIzaSy" + LETTERS[:33], "api_org_" + LETTERS[:34], "wandb_v1_" + LETTERS),
+    *("hf_" + LETTERS[:34], "AKIACANARY0123456789", "ASIACANARY0123456789", "pypi-AgEIcHlwaS5vcmcCJ" + LETTERS),
+    *("dckr_pat_" + LETTERS[:27], "sk_live_" + LETTERS[:24], "hvs." + LETTERS),
+    *("SG." + LETTERS[:22] + "." + LETTERS, "gsk_" + LETTERS, "nvapi-" + LETTERS, "123456789:AA" + LETTERS[:33]),
+    *("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJDQU5BUlkifQ." + LETTERS, "ya29." + LETTERS, "LTAI" + LETTERS[:20]),
+    *("Bearer " + LETTERS, "Authorization: Basic " + LETTERS, "https://" + LETTERS + "@h/x"),
+    "//me:" + LETTERS + "@h/x",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS + "\n-----END OPENSSH PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize("text", [*(f"{ADDRESS}{name}CANARY01" for name in NAMED), *TOKENS])
+def test_credentials_are_known_by_their_names_and_forms(text: str) -> None:
+    for written in (text, f"runs/x_{text}", f"({text})", f"an error about '{text}' and more"):
+        shown = masked(written)
+        assert "CANARY" not in shown and "***" in shown and masked(shown) == shown, shown
+    for settings in ({"data": {"train": [text]}}, {"model": {"options": {"a": {text: 1}}}}, {"output_dir": text}):
+        with pytest.raises(ConfigError, match="it holds a credential") as caught:
+            refuse_credentials(settings)
+        assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["pwd", "pass", "jwt", "sas_token", "apiKey", "API-KEY", "hfToken", "github.token", "user_pwd"]
+)
+def test_options_are_known_by_their_names(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.options\..*it holds a credential"):
+        refuse_credentials({"model": {"options": {name: "CANARY"}}})
+
+
+ORDINARY = [
+    *(
+        "s3://bucket/tokens/pass.csv",
+        "data/sk-learn/train.csv",
+        "sk-ant-colony-simulation",
+        "xoxo-lettering-pictures",
+        "sk-learn-pipelines-for-pictures/x.csv",
+    ),
+    *("hf_datasets/x.csv", "https://h/0.tar?token_count=5", "https://h/0.tar?max_tokens=77&bypass=1"),
+    *("https://h/0.tar?compass=n&sort_key=a", "https://h/0.tar?author=me&design=3&monkey=1&signal=x"),
+    *("https://h/0.tar?sasha=1&passage=2&session=3&keys=4", "https://h/a%20b/0.tar"),
+    *("https://h/100%25/0.tar?x=%E9%9D%92%E8%9B%99", "50% off", "a photo of 100%", "/data/%d.jpg"),
+    *("ViT-B-16-SigLIP2", "hf-hub:timm/ViT-B-16-SigLIP", "laion2b_s34b_b79k"),
+    *("vit_base_patch16_siglip_224.v2_webli", "npm_packages", "npm_and_yarn_logos/x.csv", "glpat", "xoxb"),
+    *("wandb_v1", "api_org_chart.csv", "AIza", "github_pat_/x", "3f786850e387550fdab836ed7e6dc881de23001b"),
+    *("sha256:" + "0123456789abcdef" * 4, "5eb63bbbe01eeed093cb22bb8f5acdc3"),
+    *("123e4567-e89b-12d3-a456-426614174000", "/home/AC0123456789abcdef0123456789abcdef/x.jpg"),
+    *("key-0123456789abcdef", "images/0123456789abcdef0123456789abcdef-us1.jpg", "runs/2024-01-01T12:00:00"),
+    *("1234567890:2024-01-01", "00000.tar", "the basic transformation-based approach", "a token of love"),
+    *("the bearer misunderstandings", "secret garden: a frog", "password=none of it stands in an address"),
+    *("shards/{0000..0041}.tar", "pipe:x; sort --key=2", "hf:org/name:train[:10%]", "git@github.com:org/name"),
+    *("C:/x//y", "http://[::1]:80/x.tar", "a#b", "x;y=z", "青蛙?的=图", "eyJx.eyJy.z", "SG.x.y"),
+    *("TRANSFORMERS_AND_TOKENIZERS", "AKIAhabara/x.jpg", "data/ASIA/INDIA/x.jpg", "Bearer", "Authorization", "?"),
+    *("=", "&&=="),
+]
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_words_are_no_credentials(text: str) -> None:
+    assert masked(text) == text
+    refuse_credentials({"data": {"train": [text], "caption_key": {text: 1.0}}, "output_dir": text})
+
+
+@pytest.mark.parametrize(
+    "name", ["pass_through", "class_token", "token_count", "key", "passes", "author", "num_passes", "signal"]
+)
+def test_ordinary_options_are_no_credentials(name: str) -> None:
+    refuse_credentials({"model": {"options": {name: "x"}}})
+
+
+def test_masking_takes_no_longer_than_reading() -> None:
+    for piece in ("x", "?a=b", "%41", "eyJ", "?%74", "//a:", "-----BEGIN PRIVATE KEY-----", "sk-", "&" * 9, "a://"):
+        start = time.perf_counter()
+        masked(piece * (100_000 // len(piece)))
+        assert time.perf_counter() - start < 2, piece
+
+
+def test_credentials_in_data_do_not_reach_checkpoints(tmp_path: Path) -> None:
+    log = BadSampleLog(tmp_path / "bad_samples.jsonl", 1.0)
+    bad = BadSample(f"{SIGNED}", f"{SIGNED}/17", "missing_file", 'a"b%22?%74oken=CANARY', TOKENS[0], 0)
+    log.meet((bad, bad), 2)
+    log.collect(Alone())
+    written = log.file.read_text() + json.dumps(log.state_dict())
+    assert "CANARY" not in written and log.counts == {"missing_file": 1}
+    assert json.loads(log.file.read_text())["path"] == 'a"b"?token=***'
+    other = BadSampleLog(tmp_path / "bad_samples.jsonl", 1.0)
+    other.load_state_dict(log.state_dict())
+    other.meet((bad,), 1)
+    other.collect(Alone())
+    assert other.counts == {"missing_file": 1}
+
+
+def test_a_traceback_shows_no_credential(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise LookupError(f"no answer from {SIGNED}")
+
+    assert cli.guarded(broken) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "LookupError: no answer from https://bucket" in said and "CANARY" not in said
+
+
+class Alone:
+    """What the log needs of an accelerator, in one process."""
+
+    is_main_process = True
 
 
 @pytest.mark.parametrize("setting", SECRETS)
