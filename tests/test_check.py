@@ -13,9 +13,16 @@ import open_clip
 import pytest
 import torch
 from commands import accel_clip, run, small_model
+from datasets import Dataset
+from datasets import Image as Picture
 from PIL import Image
+from test_shards import numbered, write_tar
+from web import served
 
 from accel_clip import cli
+from accel_clip.config import DataConfig
+from accel_clip.data.sources import tar_index
+from accel_clip.data.sources.resolve import open_source
 
 KEYS = {
     "run": "output_dir goes_on device num_processes precision num_pairs num_held_out batch_size accumulate "
@@ -125,6 +132,92 @@ def test_planted_faults_are_counted_exactly_and_nothing_is_written(tmp_path: Pat
     assert code == 3 and "6 of 60 pairs are unusable (10.0%)" in out and "图/7.png" in out
     assert out.strip().splitlines()[-1] == "verdict: not ready: 1 problem; exit code 3"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class Tree:
+    """Everything in a folder: names, kinds, bytes, and when files and folders were changed."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = [folder, *sorted(folder.rglob("*"))]
+        self.entries = {
+            str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+            for path in paths
+        }
+
+    def changed(self, before: Tree) -> list[str]:
+        """Return the names of what is new, gone or different."""
+        names = {*self.entries, *before.entries}
+        return sorted(name for name in names if self.entries.get(name) != before.entries.get(name))
+
+
+HELPED_PLUGIN = (
+    "import helper\nfrom accel_clip import SOURCES\n"
+    + """
+@SOURCES.register("mine")
+def mine(argument, options):
+    from accel_clip.data.sources.demo import open_demo
+    return open_demo("", options)
+"""
+)
+
+
+def every_source(folder: Path) -> dict[str, str]:
+    """Write pairs in every form and return what stands for each."""
+    for number in range(12):
+        file = folder / "folder" / f"class {number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(file)
+    files = sorted((folder / "folder").rglob("*.png"))
+    rows = [{"image": str(file), "caption": f"picture {file.stem}"} for file in files]
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as table:
+        csv.writer(table).writerows([("image", "caption"), *(row.values() for row in rows)])
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    columns = {"image": pictures, "caption": [row["caption"] for row in rows]}
+    dataset = Dataset.from_dict(columns).cast_column("image", Picture())
+    dataset.save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "0.parquet")
+    members = {
+        f"{n}.{end}": files[n].read_bytes() if end == "png" else b"x" for n in range(12) for end in ("png", "txt")
+    }
+    write_tar(folder / "shards" / "0.tar", {**members, **{f"{n}.cls": b"%d" % (n % 2) for n in range(12)}})
+    (folder / "my_plugin.py").write_text(HELPED_PLUGIN)
+    (folder / "helper.py").write_text("x = 1\n")
+    forms = "pairs.csv pairs.jsonl parquet/0.parquet folder saved shards shards/0.tar hf:parquet hf-stream:parquet demo mine"
+    return {form: form for form in forms.split()}
+
+
+def test_nothing_is_written_whatever_the_data_are(
+    tmp_path: Path, check: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = every_source(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    before = Tree(tmp_path)
+    words = ["--plugins", "my_plugin.py", "--train.batch_size", "4", "--train.steps", "2", "--samples", "4"]
+    words += ["--data.val", "shards/0.tar", "--eval.zero_shot", "shards/0.tar", "--data.image_cache_gib", "1"]
+    for form in forms:
+        report = check.report("--data.train", form, *words)
+        assert report["data"] is not None, (form, report["problems"])
+        assert Tree(tmp_path).changed(before) == [], form
+    with served(tmp_path) as address:
+        report = check.report("--data.train", f"{address}/shards/0.tar", *words[:-2], "--seconds", "0.1")
+    assert report["speed"] is not None and Tree(tmp_path).changed(before) == []
+    assert not sys.dont_write_bytecode
+
+
+def test_an_index_that_is_there_is_used_and_left(tmp_path: Path, check: Checker) -> None:
+    path = write_tar(tmp_path / "0.tar", numbered(0, 8))
+    for words in (("--data.train", "0.tar"), ("--data.train", "[0.tar, nowhere.csv]")):
+        check.report(*words, "--data.val_fraction", "0", "--train.batch_size", "4")
+        assert not tar_index.side_files(path)[0].exists()
+    open_source(str(path), DataConfig())
+    before = Tree(tmp_path)
+    check.report("--data.train", "0.tar", "--data.val_fraction", "0", "--train.batch_size", "4")
+    assert Tree(tmp_path).changed(before) == [] and tar_index.side_files(path)[0].is_file()
 
 
 def test_every_mistake_is_told_in_one_run(tmp_path: Path, check: Checker) -> None:

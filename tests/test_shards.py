@@ -328,29 +328,36 @@ def test_a_shard_is_gone_through_once_and_again_when_it_has_changed(tmp_path, pa
     assert names == sorted(f"000{n}.tar{end}" for n in range(3) for end in ("", tar_index.SIDE_FILE_SUFFIX))
 
 
-def test_damaged_foreign_and_older_side_files_are_replaced(tmp_path, passes):
+def test_damaged_and_older_side_files_are_replaced(tmp_path, passes):
     path = write_tar(tmp_path / "x.tar", numbered(0))
     right = captions(opened(path))
     side_file = tar_index.side_files(path)[0]
     good = side_file.read_bytes()
     older = good.replace(b'"version": 1', b'"version": 0')
-    canary = tmp_path / "canary"
-    damaged = [
-        good[:-1],
-        good[:20],
-        b"",
-        b"\n",
-        b"[]\n",
-        b"[" * 100_000,
-        older,
-        pickle.dumps(Canary(canary)),
-        good[:-9] + b"x" * 9,
-    ]
+    damaged = [good[:-1], good[:20], b"", older, good[:-9] + b"x" * 9, good[:60] + b"[" * 100_000]
     for number, content in enumerate(damaged, start=2):
         side_file.write_bytes(content)
         assert captions(opened(path)) == right and len(passes) == number
         assert side_file.read_bytes() == good
-    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\n", b"[]\n", b"[" * 100_000, b"my thesis", b'{"format": "mine"}', "pickle", "pipe"]
+)
+def test_files_in_the_place_of_an_index_that_are_none_stay_as_they_are(content, tmp_path, passes, capsys):
+    path = write_tar(tmp_path / "x.tar", numbered(0))
+    side_file, cached = tar_index.side_files(path)
+    if content == "pipe":
+        os.mkfifo(side_file)
+    else:
+        content = pickle.dumps(Canary(tmp_path / "canary")) if content == "pickle" else content
+        side_file.write_bytes(content)
+    assert len(captions(opened(path))) == len(captions(opened(path))) == 3
+    assert len(passes) == 1 and cached.is_file()
+    assert side_file.is_fifo() if content == "pipe" else side_file.read_bytes() == content
+    assert not (tmp_path / "canary").exists()
+    said = capsys.readouterr().err
+    assert said.count(f"{side_file} is no index and is left as it is") == 1
 
 
 def block_side_files(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.sources.base import HasHeldOut, Source, Stream
@@ -27,12 +28,12 @@ class Opened:
     held_out: Source | None
 
 
-def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
+def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None) -> Opened:
     """Return the data of a run: what is trained on, and `data.val` or a part of `data.train` to measure it on.
 
-    extra: columns of numbers that the pairs to train on must bring.
+    extra: columns of numbers that the pairs to train on must bring; index_folder: as in `SourceOptions`.
     """
-    items = [open_item(item, data, extra) for item in data.train]
+    items = [open_item(item, data, extra, index_folder) for item in data.train]
     require_columns(items, extra)
     weights = data.source_weights or [1.0] * len(items)
     weighted = list(zip(items, weights, strict=True))
@@ -41,7 +42,7 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
     source = as_one([item for item, _ in sources]) if sources else None
     held_out = None
     if data.val is not None:
-        held_out = open_held_out(data.val, data)
+        held_out = open_held_out(data.val, data, index_folder)
     elif source is not None:
         source, held_out = split_held_out(source, data.val_fraction)
     of_sources = [weight for _, weight in sources]
@@ -49,7 +50,7 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = ()) -> Opened:
     return Opened(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out)
 
 
-def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig) -> Source:
+def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig, index_folder: Path | None = None) -> Source:
     """Return the pairs that `data.val` names; of a source with a held-out part of its own (demo), that part."""
-    source = open_sources(items, data)
+    source = open_sources(items, data, index_folder=index_folder)
     return source.held_out() if isinstance(source, HasHeldOut) else source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accel_clip.check import name_checks, source_checks
@@ -13,6 +14,7 @@ from accel_clip.preflight.advice import warnings_about
 from accel_clip.preflight.facts import Problem, Report
 from accel_clip.preflight.problems import Problems
 from accel_clip.preflight.settings import read_settings
+from accel_clip.preflight.traces import without_traces
 from accel_clip.redaction import refuse_credentials
 from accel_clip.resume import check_folder
 
@@ -21,10 +23,18 @@ if TYPE_CHECKING:
 
 
 def check(arguments: list[str], description: str, num_samples: int, seconds: float, num_processes: int) -> Report:
-    """Return all that can be known of a run before it starts; nothing is written into its folder.
+    """Return all that can be known of a run before it starts; nothing that is written stays.
 
     arguments: as for training; seconds: how long speed is measured, 0 for not at all; num_processes: that will train.
     """
+    with without_traces() as index_folder:
+        return report_on(arguments, description, num_samples, seconds, num_processes, index_folder)
+
+
+def report_on(
+    arguments: list[str], description: str, num_samples: int, seconds: float, num_processes: int, index_folder: Path
+) -> Report:
+    """Return the report; the indexes of shards that are made for it go to a folder of their own."""
     problems = Problems()
     config = read_settings(arguments, description, problems)
     check_everything_named(config, problems)
@@ -32,7 +42,7 @@ def check(arguments: list[str], description: str, num_samples: int, seconds: flo
         return Report(problems=listed(problems), exit_code=problems.exit_code)
     from accel_clip.preflight.parts import build_parts  # imports torch
 
-    parts = build_parts(config, num_processes, problems)
+    parts = build_parts(config, num_processes, problems, index_folder)
     if parts is None:
         return Report(problems=listed(problems), exit_code=problems.exit_code)
     return measured(parts, num_samples, seconds, problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,24 +76,28 @@ class Parts:
         return self.config.train.batch_size // self.num_processes
 
 
-def build_parts(config: Config, num_processes: int, problems: Problems) -> Parts | None:
-    """Return the parts of a run, or None after taking in everything that keeps them from being built."""
+def build_parts(config: Config, num_processes: int, problems: Problems, index_folder: Path) -> Parts | None:
+    """Return the parts of a run, or None after taking in everything that keeps them from being built.
+
+    index_folder: where the indexes of shards are kept that are not there yet.
+    """
     loss = problems.attempt(partial(build_loss, config.loss))
     accelerator = problems.attempt(partial(build_accelerator, config.train))
-    data = build_data(config, num_processes, () if loss is None else loss.data_columns(), problems)
+    labelled = open_zero_shot(config, problems, index_folder)
+    opened = open_everything(config, () if loss is None else loss.data_columns(), problems, index_folder)
+    data = build_data(opened, config, num_processes, problems)
     model = build_frozen_model(config, loss, problems)
     if model is not None:
         check_rates(config.optim, model, problems)
     if problems or loss is None or accelerator is None or data is None or model is None:
         return None
-    check_evaluation(config, accelerator, loss, data, model, problems)
+    check_evaluation(config, accelerator, loss, data, model, labelled, problems)
     assemble = partial(assembled, config, num_processes, accelerator, loss, data, model)
     return None if problems else problems.attempt(assemble)
 
 
-def build_data(config: Config, num_processes: int, extra: tuple[str, ...], problems: Problems) -> DataParts | None:
-    """Return the pairs, their order and the schedule; every source that cannot be opened is taken in."""
-    opened = open_everything(config, extra, problems)
+def build_data(opened: Opened | None, config: Config, num_processes: int, problems: Problems) -> DataParts | None:
+    """Return the pairs, their order and the schedule."""
     if problems.concern("train.batch_size"):
         return None
     train = config.train
@@ -109,19 +114,25 @@ def build_data(config: Config, num_processes: int, extra: tuple[str, ...], probl
     return None if schedule is None else DataParts(feed, opened.held_out, schedule)
 
 
-def open_everything(config: Config, extra: tuple[str, ...], problems: Problems) -> Opened | None:
+def open_zero_shot(config: Config, problems: Problems, index_folder: Path) -> Source | None:
+    """Return the labelled pictures, None without any or where they cannot be opened, which is taken in."""
+    named = config.eval.zero_shot
+    if named is None:
+        return None
+    return problems.attempt(partial(open_labelled, named, config.data, config.eval.label_key, index_folder))
+
+
+def open_everything(config: Config, extra: tuple[str, ...], problems: Problems, index_folder: Path) -> Opened | None:
     """Return the training and the held-out pairs; where that fails each source is opened alone to find every reason."""
-    data, zero_shot = config.data, config.eval.zero_shot
-    if zero_shot is not None:
-        problems.attempt(partial(open_labelled, zero_shot, data, config.eval.label_key))
+    data = config.data
     try:
-        return open_training(data, extra)
+        return open_training(data, extra, index_folder)
     except AccelClipError as error:
         before = len(problems)
         for item in data.train:
-            problems.attempt(partial(open_item, item, data, extra))
+            problems.attempt(partial(open_item, item, data, extra, index_folder))
         for item in data.val or []:
-            problems.attempt(partial(open_source, item, data))
+            problems.attempt(partial(open_source, item, data, index_folder=index_folder))
         if len(problems) == before:
             problems.add(error)
         return None
@@ -146,17 +157,22 @@ def check_rates(config: OptimConfig, model: ClipModel, problems: Problems) -> No
 
 
 def check_evaluation(
-    config: Config, accelerator: Accelerator, loss: Loss, data: DataParts, model: ClipModel, problems: Problems
+    config: Config,
+    accelerator: Accelerator,
+    loss: Loss,
+    data: DataParts,
+    model: ClipModel,
+    labelled: Source | None,
+    problems: Problems,
 ) -> None:
     """Take in what keeps held-out pairs and labelled pictures from being measured, and a metric that is not."""
-    labelled = config.eval.zero_shot
     evaluator = problems.attempt(
         lambda: Evaluator(
             accelerator,
             model,
             config.eval,
             held_out=data.held_out,
-            zero_shot=None if labelled is None else open_labelled(labelled, config.data, config.eval.label_key),
+            zero_shot=labelled,
             loss=loss,
             max_pixels=config.data.max_pixels,
             num_workers=0,

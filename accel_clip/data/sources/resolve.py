@@ -51,6 +51,8 @@ class SourceOptions(SourceConfig):
     """what a table must have beside pictures: captions, or labels"""
     extra: tuple[str, ...] = ()
     """columns of numbers that the loss asks for"""
+    index_folder: Path | None = None
+    """where the indexes of shards are kept; None = beside them, for the next start"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ class Location:
         return Path(self.name).expanduser()
 
 
-def open_sources(items: Sequence[str | SourceConfig], data: DataConfig, extra: tuple[str, ...] = ()) -> Source:
+def open_sources(
+    items: Sequence[str | SourceConfig],
+    data: DataConfig,
+    extra: tuple[str, ...] = (),
+    index_folder: Path | None = None,
+) -> Source:
     """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
-    sources = [open_source(item, data, extra=extra) for item in items]
+    sources = [open_source(item, data, extra=extra, index_folder=index_folder) for item in items]
     require_columns(sources, extra)
     return as_one(sources)
 
@@ -92,13 +99,20 @@ def as_one(sources: Sequence[Source]) -> Source:
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
-def open_item(item: str | SourceConfig, data: DataConfig, extra: tuple[str, ...] = ()) -> Source | Stream:
+def open_item(
+    item: str | SourceConfig, data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None
+) -> Source | Stream:
     """Return what an item of `data.train` stands for, which may be a stream; raises as `open_source` does."""
-    return open_located(locate(item, setting_of(item, data)), complete(item, data, None, "captions", extra))
+    options = complete(item, data, None, "captions", extra, index_folder)
+    return open_located(locate(item, setting_of(item, data)), options)
 
 
 def open_source(
-    item: str | SourceConfig, data: DataConfig, label_key: str | None = None, extra: tuple[str, ...] = ()
+    item: str | SourceConfig,
+    data: DataConfig,
+    label_key: str | None = None,
+    extra: tuple[str, ...] = (),
+    index_folder: Path | None = None,
 ) -> Source:
     """Return a source of pictures with captions, and with labels where it has them (`label_key`, or the usual names).
 
@@ -106,13 +120,17 @@ def open_source(
     Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there, and for streams.
     """
     setting = setting_of(item, data)
-    return map_style(open_located(locate(item, setting), complete(item, data, label_key, "captions", extra)), setting)
+    options = complete(item, data, label_key, "captions", extra, index_folder)
+    return map_style(open_located(locate(item, setting), options), setting)
 
 
-def open_labelled(item: str | SourceConfig, data: DataConfig, label_key: str | None = None) -> Source:
+def open_labelled(
+    item: str | SourceConfig, data: DataConfig, label_key: str | None = None, index_folder: Path | None = None
+) -> Source:
     """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
     setting = "eval.zero_shot"
-    return map_style(open_located(locate(item, setting), complete(item, data, label_key, "labels")), setting)
+    options = complete(item, data, label_key, "labels", index_folder=index_folder)
+    return map_style(open_located(locate(item, setting), options), setting)
 
 
 def map_style(source: Source | Stream, setting: str) -> Source:
@@ -131,7 +149,12 @@ def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
 
 
 def complete(
-    item: str | SourceConfig, data: DataConfig, label_key: str | None, needs: str, extra: tuple[str, ...] = ()
+    item: str | SourceConfig,
+    data: DataConfig,
+    label_key: str | None,
+    needs: str,
+    extra: tuple[str, ...] = (),
+    index_folder: Path | None = None,
 ) -> SourceOptions:
     """Return an item's settings, with those of the `data` section where it has none of its own."""
     own = item if isinstance(item, SourceConfig) else SourceConfig(item)
@@ -145,6 +168,7 @@ def complete(
         label_key=label_key,
         needs=needs,
         extra=extra,
+        index_folder=index_folder,
     )
 
 

@@ -130,7 +130,7 @@ def open_shards(written: str, options: SourceOptions) -> TarShards:
     """
     require_text_encoding(options.encoding)
     paths = find_shards(written)
-    indexes = index_all(paths, written)
+    indexes = index_all(paths, written, options.index_folder)
     present = list(dict.fromkeys(extension for index in indexes for extension in index.extensions))
     pictures = picture_extensions(present, options.image_key, written)
     captions, labels = text_rules(options)

@@ -31,6 +31,7 @@ from accel_clip.typed_json import WrongContent, parse_json, read_bytes
 
 FORMAT = "accel-clip tar index"
 VERSION = 1
+MARK = f'{{"format": "{FORMAT}"'.encode()  # what an index begins with
 SIDE_FILE_SUFFIX = ".accel-clip-index"
 BUFFER_BYTES = 1 << 16
 HEAD_BYTES = 1 << 20  # an index is smaller than its shard, but for its first line
@@ -65,9 +66,12 @@ class TarIndex:
         return len(self.key_ends)
 
 
-def index_all(paths: Sequence[Path], name: str) -> list[TarIndex]:
-    """Return the indexes of shards, those that are not kept yet built; raises `DataError` for what is no tar."""
-    kept = [load_index(path) for path in paths]
+def index_all(paths: Sequence[Path], name: str, folder: Path | None = None) -> list[TarIndex]:
+    """Return the indexes of shards, those that are not kept yet built; raises `DataError` for what is no tar.
+
+    folder: where those are kept, in place of beside the shards.
+    """
+    kept = [load_index(path, folder) for path in paths]
     missing = [number for number, index in enumerate(kept) if index is None]
     if missing:
         console.say(f"{name}: going through {len(missing)} of {len(paths)} shards once, to know where pictures lie")
@@ -75,10 +79,10 @@ def index_all(paths: Sequence[Path], name: str) -> list[TarIndex]:
     first = int(len(missing) * share)
     not_kept = 0
     for number in missing[first:] + missing[:first]:
-        index = load_index(paths[number])
+        index = load_index(paths[number], folder)
         if index is None:
             index = build_index(paths[number])
-            not_kept += not keep_index(index, paths[number])
+            not_kept += not keep_index(index, paths[number], folder)
         kept[number] = index
     if not_kept:
         console.say(f"{name}: the indexes of {not_kept} shards could not be kept: every start goes through them again")
@@ -127,13 +131,13 @@ def key_and_extension(name: bytes) -> tuple[bytes, str] | None:
     return match[1], match[2].decode(errors="backslashreplace").lower()
 
 
-def load_index(path: Path) -> TarIndex | None:
+def load_index(path: Path, folder: Path | None = None) -> TarIndex | None:
     """Return the index that is kept for a shard as it is now, or None."""
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    for side_file in side_files(path):
+    for side_file in filter(Path.is_file, [*side_files(path), *(side_files(path, folder) if folder else ())]):
         with contextlib.suppress(OSError, WrongContent):
             index = unpack(read_bytes(side_file, status.st_size + HEAD_BYTES))  # names stand in the shard too
             if index and (index.num_bytes, index.mtime_ns) == (status.st_size, status.st_mtime_ns):
@@ -141,10 +145,13 @@ def load_index(path: Path) -> TarIndex | None:
     return None
 
 
-def keep_index(index: TarIndex, path: Path) -> bool:
+def keep_index(index: TarIndex, path: Path, folder: Path | None = None) -> bool:
     """Write an index where the next start finds it, in one move; return whether any place takes it."""
-    for side_file in side_files(path):
+    for side_file in side_files(path, folder):
         with contextlib.suppress(OSError):  # a folder that takes no files: the next place is tried
+            if is_foreign(side_file):
+                console.say(f"{side_file} is no index and is left as it is: that of the shard is kept elsewhere")
+                continue
             if side_file.parent != path.parent:
                 side_file.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(side_file, pack(index))
@@ -152,10 +159,21 @@ def keep_index(index: TarIndex, path: Path) -> bool:
     return False
 
 
-def side_files(path: Path) -> list[Path]:
-    """Return where the index of a shard may be kept: beside it, or in the user's cache."""
+def is_foreign(side_file: Path) -> bool:
+    """Return whether what is in an index's place is none, whole, cut or older: it may be the user's."""
+    if not side_file.is_file():
+        return os.path.lexists(side_file)
+    with side_file.open("rb") as file:
+        head = file.read(len(MARK))
+    return not MARK.startswith(head)
+
+
+def side_files(path: Path, folder: Path | None = None) -> list[Path]:
+    """Return where the index of a shard may be kept: beside it or in the user's cache, or else in the folder alone."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
+    if folder is not None:
+        return [folder / digest]
     return [path.with_name(path.name + SIDE_FILE_SUFFIX), cache / "accel_clip" / "shards" / digest]
 
 
