@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources import shard_reader, tar_index
 from accel_clip.data.sources.combine import Concatenated
-from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
+from accel_clip.data.sources.resolve import SourceOptions, locate, open_labelled, open_source, open_sources
 from accel_clip.data.sources.shard_names import expand_braces, find_addresses
+from accel_clip.data.sources.shards import open_shards
 from accel_clip.faults import ConfigError, DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -339,6 +341,21 @@ def test_damaged_and_older_side_files_are_replaced(tmp_path, passes):
         side_file.write_bytes(content)
         assert captions(opened(path)) == right and len(passes) == number
         assert side_file.read_bytes() == good
+
+
+def test_indexes_that_are_for_one_command_alone_leave_no_trace(tmp_path, passes):
+    folder = write_set(tmp_path / "set", 2)
+    options = SourceOptions(str(folder), captions={"txt": 1.0}, index_folder=tmp_path / "own")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir()))
+    for _ in range(2):
+        assert len(open_shards(str(folder), options)) == 6
+    assert len(passes) == 2 and len(list((tmp_path / "own").iterdir())) == 2
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir())) == before
+    assert not (tmp_path / "cache").exists()
+    opened(folder)  # a training keeps them, and then they are used
+    assert len(passes) == 4
+    assert len(open_shards(str(folder), replace(options, index_folder=tmp_path / "other"))) == 6
+    assert len(passes) == 4 and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,6 @@ class PacedStream(httpcore2.NetworkStream):
 
     def __init__(self, stream: httpcore2.NetworkStream, pace: Pace) -> None:
         self.stream, self.pace = stream, pace
-        self.write, self.close, self.get_extra_info = stream.write, stream.close, stream.get_extra_info
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what has come, nothing at the end; raises `ReadTimeout` and `TryAgain`."""
@@ -136,6 +135,18 @@ class PacedStream(httpcore2.NetworkStream):
             else:
                 self.pace.receive(len(content))
                 return content
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send bytes."""
+        self.stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.stream.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what else is known of the connection."""
+        return self.stream.get_extra_info(info)
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
