@@ -166,6 +166,15 @@ def test_a_signal_is_heard_while_a_server_is_waited_for() -> None:
     thread.join()
 
 
+def test_a_proxy_of_the_environment_is_asked(tar: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[bytes] = []
+    with rudely_served(lambda head: (heads.append(head), iter([PLAIN, tar]))[1]) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.replace("//", "//me:word@"))
+        monkeypatch.setenv("NO_PROXY", "other.invalid")
+        assert len(list(opened("http://example.invalid").read(0, 0))) == 8
+    assert heads[0].startswith(b"GET http://example.invalid/0.tar HTTP/1.1") and b"Proxy-Authorization" in heads[0]
+
+
 # --- without end, as fast as can be
 
 FLOODS: dict[str, Callable[[], Iterator[bytes]]] = {
