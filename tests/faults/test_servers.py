@@ -21,7 +21,7 @@ from test_shards import numbered, write_tar
 from web import rudely_served
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources import remote_shards, tar_headers
+from accel_clip.data.sources import connections, remote_shards, tar_headers
 from accel_clip.data.sources.answers import LeadsNowhere, address_in, seconds_of, start_of_part, version_of
 from accel_clip.data.sources.base import Stream
 from accel_clip.data.sources.connections import Patience
@@ -173,6 +173,10 @@ def test_a_proxy_of_the_environment_is_asked(tar: bytes, monkeypatch: pytest.Mon
         monkeypatch.setenv("NO_PROXY", "other.invalid")
         assert len(list(opened("http://example.invalid").read(0, 0))) == 8
     assert heads[0].startswith(b"GET http://example.invalid/0.tar HTTP/1.1") and b"Proxy-Authorization" in heads[0]
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    monkeypatch.setattr(connections, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="speaks SOCKS"):
+        opened("http://example.invalid")
 
 
 # --- without end, as fast as can be

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
@@ -219,12 +220,17 @@ def trusted_certificates() -> ssl.SSLContext:
 
 
 def proxy_for(address: httpx2.URL) -> httpcore2.Proxy | None:
-    """Return the proxy of http_proxy, https_proxy or all_proxy, None without one or where no_proxy says so."""
+    """Return the proxy of http_proxy, https_proxy or all_proxy, None without one or where no_proxy says so.
+
+    Raises `LeadsNowhere` for one that speaks SOCKS where the package for that is missing.
+    """
     proxies = getproxies()
     written = proxies.get(address.scheme) or proxies.get("all")
     if not written or proxy_bypass(address.host):
         return None
     proxy = httpx2.Proxy(written if "://" in written else f"http://{written}")
+    if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
+        raise LeadsNowhere("the proxy that the environment names speaks SOCKS: pip install socksio")
     return httpcore2.Proxy(core_url(proxy.url), auth=proxy.raw_auth)
 
 
