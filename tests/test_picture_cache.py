@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -206,6 +209,26 @@ def test_unusable_pictures_are_met_as_without_the_cache(
     found = batches_of(model, config, cache, num_workers)
     assert [batch.bad_samples for batch in found] == [batch.bad_samples for batch in expected]
     assert [batch.sample.tolist() for batch in found] == [batch.sample.tolist() for batch in expected]
+
+
+def test_pictures_stored_as_bytes_that_are_nearly_alike_keep_their_own_pixels(tmp_path: Path, model: ClipModel) -> None:
+    marked = numpy.zeros((24, 160, 160), numpy.uint8)
+    for number in range(24):
+        marked[number, 20 + 5 * number] = 255
+    pictures = []
+    for each in marked:
+        buffer = io.BytesIO()
+        Image.fromarray(each).convert("RGB").save(buffer, "BMP")
+        pictures.append(buffer.getvalue())
+    rows = pyarrow.table({"image": pictures, "caption": [f"bar {number}" for number in range(24)]})
+    pyarrow.parquet.write_table(rows, tmp_path / "bars.parquet")
+    config = config_for(tmp_path / "bars.parquet", augmentation="none")
+    config = replace(config, data=replace(config.data, caption_key=["caption"]))
+    cache = cache_of(model, config, tmp_path)
+    assert cache is not None and len(cache) == 24
+    found, expected = batches_of(model, config, cache), batches_of(model, config)
+    assert all(torch.equal(batch.image, plain.image) for batch, plain in zip(found, expected, strict=True))
+    assert all(len(batch.picture_hash.unique()) == 6 for batch in found)
 
 
 def test_a_set_without_a_usable_picture_is_told_by_the_loader(table: Path, model: ClipModel) -> None:

@@ -5,7 +5,6 @@ Rows live in Arrow columns, never in Python lists: loader workers share them wit
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import pyarrow
+import xxhash
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import require_size, weighted
@@ -26,7 +26,6 @@ from accel_clip.faults import ConfigError, DataError
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
-HASHED_PIECE_BYTES = 4096
 REMOTE = ("http://", "https://", "s3://", "gs://")
 
 
@@ -157,9 +156,5 @@ def path_from(root: str, path: str) -> str:
 
 
 def hash_of(content: memoryview) -> str:
-    """Return a key for bytes by their length and three pieces: equal bytes share it, and big data is not all read."""
-    digest = hashlib.blake2b(str(len(content)).encode(), digest_size=16)
-    last = max(len(content) - HASHED_PIECE_BYTES, 0)
-    for start in (0, last // 2, last):
-        digest.update(content[start : start + HASHED_PIECE_BYTES])
-    return f"bytes:{digest.hexdigest()}"
+    """Return a key for bytes, all of them: equal bytes share it, and no others do."""
+    return f"bytes:{xxhash.xxh3_128_hexdigest(content)}"
