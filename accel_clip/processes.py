@@ -6,18 +6,19 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
-from accel_clip.faults import ConfigError
+from accel_clip.faults import AccelClipError, ConfigError
 from accel_clip.signals import has_launcher
 from accel_clip.watchdog import LONG_SECONDS
 
@@ -147,6 +148,25 @@ def choose_workers(workers: int | None, device: torch.device) -> int:
         return workers
     cores = cores_per_process()
     return max(1, cores // 4) if device.type == "cpu" else min(cores, 16)
+
+
+def raise_for_all(accelerator: Accelerator, error: AccelClipError | None) -> None:
+    """Raise an error that one process has met on every process, so that none waits for one that is gone; collective."""
+    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device).int())
+    if failed.any():
+        told = next(each for each in gather_object([error]) if each is not None)
+        raise told if error is None else error
+
+
+@contextmanager
+def known_to_all(accelerator: Accelerator) -> Iterator[None]:
+    """Raise on every process what one of them raises in a block; collective."""
+    met: AccelClipError | None = None
+    try:
+        yield
+    except AccelClipError as error:
+        met = error
+    raise_for_all(accelerator, met)
 
 
 def describe_processes(accelerator: Accelerator) -> None:

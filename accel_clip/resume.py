@@ -94,11 +94,11 @@ def say_changes(config: Config) -> None:
 def is_finished(config: Config) -> bool:
     """Return whether the run in the folder is complete, with its export, and these settings do not make it longer."""
     folder = RunFolder(config.output_dir)
-    if config.checkpoint.resume != "auto" or not folder.holds_run() or folder.read_status().get("state") != "complete":
+    if not folder.holds_run() or folder.read_status().get("state") != "complete":
         return False
-    if not stands_whole(folder.export):
-        return False
-    return not any(key in LENGTHENS for key in differences(settings_of(folder, config), config))
+    changed = differences(settings_of(folder, config), config)
+    begins_anew = config.checkpoint.resume != "auto" and "checkpoint.resume" in changed
+    return stands_whole(folder.export) and not begins_anew and not any(key in LENGTHENS for key in changed)
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

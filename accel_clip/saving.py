@@ -14,15 +14,16 @@ from torch.optim import Optimizer
 
 from accel_clip.checkpoint.background import Writer
 from accel_clip.checkpoint.contents import Look
-from accel_clip.checkpoint.find import find_newest_for_all, open_checkpoint
+from accel_clip.checkpoint.find import find_newest, find_newest_for_all, open_checkpoint
 from accel_clip.checkpoint.folders import set_aside_newer
 from accel_clip.checkpoint.manifest import Checkpoint
-from accel_clip.checkpoint.restore import restore, restore_random
+from accel_clip.checkpoint.restore import load_state, restore, restore_random
 from accel_clip.checkpoint.snapshot import expected_bytes, gather_random_states, take_snapshot
 from accel_clip.checkpoint.storage import check_space
 from accel_clip.config import CheckpointConfig
 from accel_clip.console import say
-from accel_clip.faults import AccelClipError, StorageError
+from accel_clip.faults import StorageError
+from accel_clip.processes import raise_for_all
 from accel_clip.randomness import derive_seed
 
 
@@ -71,7 +72,7 @@ class Saver:
         """Take a snapshot and start to write it; collective. What goes wrong is told by `has_failed`."""
         random_states = gather_random_states(self.accelerator)
         scaler = self.accelerator.scaler
-        state = {**state, "scaler": None if scaler is None else scaler.state_dict()}
+        state = {**state, "scaler": None if scaler is None else scaler.state_dict(), "resume": self.config.resume}
         self.last_save = time.monotonic()
         if self.writer is not None and self.error is None:
             writer = self.writer
@@ -97,15 +98,31 @@ class Saver:
     def find(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, the same on every process; collective.
 
-        Raises `ConfigError` for a path in `checkpoint.resume` that cannot be used.
+        A path in `checkpoint.resume` is where the run begins: once it has a newer checkpoint that came from there, or
+        of its own where the path leads to another run, it goes on from that. Raises `ConfigError` for a path that
+        cannot be used.
         """
-        if self.config.resume in ("auto", "never"):
-            return find_newest_for_all(self.accelerator, self.folder, self.look)
-        checkpoint = open_checkpoint(Path(self.config.resume), self.look)
+        resume, newest = self.config.resume, find_newest_for_all(self.accelerator, self.folder, self.look)
+        if resume in ("auto", "never") or (newest is not None and load_state(newest).get("resume") == resume):
+            return newest
+        named = open_checkpoint(Path(resume), self.look)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and checkpoint.path.resolve().parent == self.folder.resolve():
-            set_aside_newer(self.folder, checkpoint.step)
-        return checkpoint
+        if self.is_own(named):
+            if self.accelerator.is_main_process:
+                set_aside_newer(self.folder, named.step)
+        elif newest is not None and newest.step > named.step:
+            say(f"checkpoint.resume: {self.folder} has {newest.path.name}, which is newer than {named.path}")
+            return newest
+        return named
+
+    def is_own(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint lies in the folder of this run."""
+        return checkpoint.path.resolve().parent == self.folder.resolve()
+
+    def file_sizes(self, found: Checkpoint | None) -> dict[str, int]:
+        """Return how much of the files that grow belongs to this run where it goes on; nothing of another run's."""
+        own = found if found is None or self.is_own(found) else find_newest(self.folder, self.look)
+        return {} if own is None else load_state(own)["file_sizes"]
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Put weights and optimizer back and return the rest of the state."""
@@ -132,12 +149,3 @@ class Saver:
         except StorageError as error:
             return error
         return None
-
-
-def raise_for_all(accelerator: Accelerator, error: AccelClipError | None) -> None:
-    """Raise an error of the first process on every process, so that none waits for one that is gone; collective."""
-    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device).int())
-    if error is not None:
-        raise error
-    if failed.any():
-        raise StorageError("the first process could not write: see its message")

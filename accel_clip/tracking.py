@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, filter_trackers
 
 from accel_clip.config import Config
-from accel_clip.faults import ConfigError, StorageError, nearest
+from accel_clip.console import say
+from accel_clip.faults import ConfigError, StorageError, nearest, one_line
+from accel_clip.processes import known_to_all
 from accel_clip.run_folder import RunFolder
 
+TENSORBOARD = "tensorboard"
 TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
 PACKAGES = {name: name for name in LOGGER_TYPE_TO_CLASS} | {"comet_ml": "comet-ml"}
 
@@ -34,54 +39,123 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Tracking:
-    """The trackers of a run; `log` and `log_picture` write on the main process only."""
+    """The trackers of a run; `log` and `log_picture` write on the main process only, and every process calls them.
+
+    What cannot be kept in the run folder, `metrics.jsonl` or the files of TensorBoard, raises `StorageError` on every
+    process. Any other tracker that raises is left out from then on, and that is said: its server is not the run's.
+    """
 
     def __init__(
         self, accelerator: Accelerator, config: Config, folder: RunFolder, resumed_step: int | None = None
     ) -> None:
         """Open the trackers; TensorBoard forgets the points after `resumed_step`, which come anew."""
         self.accelerator, self.folder = accelerator, folder
-        others = [name for name in config.track.to if name != "tensorboard"]
-        accelerator.log_with = filter_trackers(others, str(folder.path))
-        if "tensorboard" in config.track.to:
-            purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
-            accelerator.log_with.append(TensorBoardTracker("tensorboard", str(folder.path), **purge))
-        accelerator.init_trackers("accel_clip")
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                if accelerator.is_main_process:
-                    tracker.writer.add_text("config", f"```yaml\n{yaml.safe_dump(config.to_dict())}\n```")
-            else:
-                tracker.store_init_configuration(flattened(config.to_dict()))
+        self.trackers: list[GeneralTracker] = []
+        purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+        with known_to_all(accelerator):
+            for name in config.track.to:
+                with self.guarded(name):
+                    self.open(TensorBoardTracker(name, str(folder.path), **purge) if name == TENSORBOARD else name)
+            self.each(lambda tracker: store_settings(tracker, config, accelerator.is_main_process))
+
+    def open(self, tracker: str | GeneralTracker) -> None:
+        """Start one tracker."""
+        accelerator = self.accelerator
+        accelerator.log_with = filter_trackers(tracker, str(self.folder.path))
+        if not accelerator.log_with:
+            raise ImportError("Accelerate does not find its package")  # and would go on without a word
+        try:
+            accelerator.init_trackers("accel_clip")
+            self.trackers += accelerator.trackers
+        finally:
+            accelerator.trackers = []  # or the end of the training would close them too
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one point; raises `StorageError` when `metrics.jsonl` cannot be written."""
-        if self.accelerator.is_main_process:
-            point = {"step": step, **{key: finite_or_none(value) for key, value in values.items()}}
-            try:
-                with self.folder.metrics.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(point) + "\n")
-            except OSError as error:
-                raise StorageError(f"{self.folder.metrics}: {error}") from error
-        self.accelerator.log(dict(values), step=step)
+        """Write one point; raises `StorageError`."""
+        with known_to_all(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.append(step, values)
+            self.each(lambda tracker: tracker.log(dict(values), step=step))
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point into `metrics.jsonl`."""
+        point = {"step": step, **{key: finite_or_none(value) for key, value in values.items()}}
+        try:
+            with self.folder.metrics.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(point) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.folder.metrics}: {error}") from error
 
     def log_picture(self, step: int, name: str, draw: Callable[[], numpy.ndarray | None]) -> None:
-        """Show a picture, uint8 [H, W, 3], in the trackers that show pictures; it is drawn only where there is one."""
-        showing = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+        """Show a picture, uint8 [H, W, 3], in the trackers that show pictures; it is drawn only where there is one.
+
+        Raises `StorageError`.
+        """
+        showing = [tracker for tracker in self.trackers if hasattr(tracker, "log_images")]
         picture = draw() if showing and self.accelerator.is_main_process else None
-        if picture is None:
-            return
-        for tracker in showing:
-            if tracker.name == "tensorboard":
-                tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({name: [picture]}, step=step)
+        with known_to_all(self.accelerator):
+            if picture is not None:
+                self.each(lambda tracker: show_picture(tracker, step, name, picture))
 
     def close(self) -> None:
-        """Flush and close the trackers."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.trackers = []
+        """Flush and close the trackers; raises `StorageError`."""
+        with known_to_all(self.accelerator):
+            self.each(lambda tracker: tracker.finish())
+        self.trackers = []
+
+    def each(self, action: Callable[[Any], object]) -> None:
+        """Let every tracker do something."""
+        for tracker in list(self.trackers):
+            with self.guarded(tracker.name):
+                action(tracker)
+
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """Meet the errors of a tracker: raise `StorageError` for TensorBoard's, and leave any other one out."""
+        try:
+            yield
+        except Exception as error:  # trackers are libraries of many people
+            if name == TENSORBOARD:
+                raise StorageError(
+                    f"{self.folder.path / TENSORBOARD}: {one_line(error)}: free some space, or leave tensorboard out "
+                    "of track.to"
+                ) from error
+            self.trackers = [tracker for tracker in self.trackers if tracker.name != name]
+            say(f"warning: track.to: {name} has failed and is left out, the run goes on: {one_line(error)}")
+
+
+def store_settings(tracker: Any, config: Config, is_main_process: bool) -> None:
+    """Show the settings of a run in a tracker."""
+    if tracker.name != TENSORBOARD:
+        tracker.store_init_configuration(flattened(config.to_dict()))
+    elif is_main_process:
+        tracker.writer.add_text("config", f"```yaml\n{yaml.safe_dump(config.to_dict())}\n```")
+        tracker.writer.flush()
+
+
+def show_picture(tracker: Any, step: int, name: str, picture: numpy.ndarray) -> None:
+    """Show a picture, uint8 [H, W, 3], in a tracker that shows pictures."""
+    if tracker.name == TENSORBOARD:
+        tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+        tracker.writer.flush()
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: [picture]}, step=step)
+
+
+@contextmanager
+def quiet_writer() -> Iterator[None]:
+    """Keep Python from writing a traceback where TensorBoard's writing thread fails: its next call raises the error."""
+    before = threading.excepthook
+
+    def say_of_others(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            before(failed)
+
+    threading.excepthook = say_of_others
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def finite_or_none(value: float) -> float | None:

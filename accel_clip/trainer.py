@@ -62,7 +62,7 @@ from accel_clip.signals import StopSignals
 from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import check_metric
 from accel_clip.timetable import Timetable
-from accel_clip.tracking import TRAINING_METRICS
+from accel_clip.tracking import TRAINING_METRICS, quiet_writer
 from accel_clip.typed import fit
 from accel_clip.watchdog import Watchdog
 
@@ -183,17 +183,19 @@ class Trainer:
         if found is None:
             self.folder.require_no_checkpoint()
         else:
-            self.load_state(self.saver.restore(found))
+            self.load_state(found)
             self.feed.load_state_dict(self.saved["data"])
             self.saved_step = found.step
             say(f"going on from {found.path}")
         return found
 
-    def load_state(self, saved: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds beside weights and the place in the data."""
-        self.saved = saved
-        self.state = fit(saved["run"], RunState, "run")
-        self.logbook.load_state_dict(saved)
+    def load_state(self, found: Checkpoint) -> None:
+        """Take over what a checkpoint holds beside the place in the data."""
+        self.saved = self.saver.restore(found)
+        self.state = fit(self.saved["run"], RunState, "run")
+        self.logbook.load_state_dict(self.saved)
+        if not self.saver.is_own(found):
+            self.logbook.bad_samples.forget_list()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything beside weights that makes a resumed run the uninterrupted one, as plain JSON."""
@@ -243,7 +245,7 @@ class Trainer:
             self.folder.create()
             if self.found is None:
                 self.folder.require_no_checkpoint()
-            self.folder.cut_files({} if self.found is None else self.saved["file_sizes"])
+            self.folder.cut_files(self.saver.file_sizes(self.found))
             save_config(self.config, self.folder.config)
             self.folder.write_status("running", self.state.step, command=self.command)
 
@@ -256,6 +258,7 @@ class Trainer:
             say("nothing is held out of a stream: name data.val to see how good the model gets")
         self.features = self.open_features()
         self.pictures = self.open_pictures()
+        self.opened.enter_context(quiet_writer())
         self.logbook.open(self.timetable.num_steps, self.state, resumed=self.found is not None)
         self.loader = self.open_loader()
         if self.found is not None:
@@ -395,13 +398,13 @@ class Trainer:
         self.saver.finish()
         found = self.saver.find()
         assert found is not None, "a run that may be rolled back is saved at its start"
-        self.load_state(self.saver.restore(found))
+        self.load_state(found)
         self.saver.restore_random(found, self.config.seed)
         self.state.next_batch, self.state.num_non_finite = past, before.num_non_finite
         self.state.num_pairs, self.state.num_cut_captions = before.num_pairs, before.num_cut_captions
         say(f"warning: {problem}; back to step {self.state.step}, past that batch")
         if self.accelerator.is_main_process:
-            self.folder.cut_files(self.saved["file_sizes"])
+            self.folder.cut_files(self.saver.file_sizes(found))
         self.loader.close()
         self.loader = self.open_loader()
         self.logbook.progress.open(self.timetable.num_steps, self.state.step)
@@ -457,8 +460,9 @@ class Trainer:
         exported = self.chosen()
         if self.accelerator.is_main_process:
             write_export(self.folder.export, exported)
-            self.folder.write_status("complete", self.state.step, exit_code=0)
         self.logbook.close(self.state, self.context_length)
+        if self.accelerator.is_main_process:
+            self.folder.write_status("complete", self.state.step, exit_code=0)
         self.accelerator.end_training()
         return TrainResult(dict(exported.metrics), self.state.step, self.folder.export)
 

@@ -35,8 +35,7 @@ def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> dict
             f"{checkpoint.path} is of another model or optimizer: set the model and optim settings it was made with, "
             f"or name another output_dir ({' '.join(str(problem).split())[:300]})"
         ) from problem
-    state: dict[str, Any] = load_json(checkpoint, STATE)
-    return state
+    return load_state(checkpoint)
 
 
 def restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> bool:
@@ -61,6 +60,12 @@ def restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> b
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the tensors of the model by name, on the CPU."""
     return load_tensors(checkpoint, MODEL)
+
+
+def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the run stored beside weights and optimizer."""
+    state: dict[str, Any] = load_json(checkpoint, STATE)
+    return state
 
 
 def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

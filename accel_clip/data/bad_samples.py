@@ -155,6 +155,10 @@ class BadSampleLog:
         self.knows_the_root = state["knows_the_root"]
         self.listed = dict.fromkeys((source, sample) for source, sample in state["listed"])
 
+    def forget_list(self) -> None:
+        """List every sample anew when it is met again: those listed so far stand in the file of another run."""
+        self.listed, self.counts = {}, Counter()
+
 
 def by_reason(counts: Mapping[str, int]) -> str:
     """Return counts in words, such as `no_caption 2, unreadable 1`."""

@@ -317,3 +317,72 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_batch(
     assert "back to step 2" in capfd.readouterr().err
     with pytest.raises(NonFiniteError):
         train(config_without_numbers(data, tmp_path / "other", "rollback", [4, 5, 6]))
+
+
+def resumed_from(path: Path, data: Path, output: Path) -> Config:
+    return config_for(data, output, checkpoint=CheckpointConfig(every=2, resume=str(path)))
+
+
+def points_after(config: Config, step: int) -> list[dict[str, Any]]:
+    return [point for point in ends_of(config)[1] if point["step"] > step]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [[], ["step:5"], ["step:5", "step:7", "latest:10"]], ids=" ".join)
+def test_a_run_that_began_at_a_named_checkpoint_goes_on_from_its_own(
+    data: Path, tmp_path: Path, uninterrupted: Config, faults: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same command each time; the first end comes before any checkpoint of its own."""
+    run_until(config_for(data, tmp_path / "other"), "latest:4")
+    named = tmp_path / "other" / "checkpoints" / "step-00000004"
+    config = resumed_from(named, data, tmp_path / "run")
+    for fault in faults:
+        run_until(config, fault)
+    capfd.readouterr()
+    if "latest:10" in faults:
+        (named / "manifest.json").rename(tmp_path / "away")  # it is not needed any more
+    run_to_the_end(config)
+    expected = 10 if "latest:10" in faults else 4
+    assert f"step-{expected:08d}" in capfd.readouterr().err
+    assert ends_of(config)[0] == ends_of(uninterrupted)[0]
+    assert points_after(config, -1) == points_after(uninterrupted, 4)
+    before = (tmp_path / "run" / "STATUS.json").stat().st_mtime_ns
+    train(config)
+    assert (tmp_path / "run" / "STATUS.json").stat().st_mtime_ns == before  # it is complete
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_to_its_own_checkpoint_once(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
+    config = config_for(data, tmp_path / "run", checkpoint=CheckpointConfig(every=2, keep=9))
+    run_until(config, "latest:10")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    back = replace(config, checkpoint=replace(config.checkpoint, resume=str(checkpoints / "step-00000004")))
+    run_until(back, "latest:8")
+    assert (checkpoints / "step-00000010.superseded").is_dir()
+    assert (checkpoints / "LATEST").read_text().strip() == "step-00000008"
+    content = (checkpoints / "step-00000008" / "manifest.json").stat().st_mtime_ns
+    run_to_the_end(back)
+    assert (checkpoints / "step-00000008" / "manifest.json").stat().st_mtime_ns == content
+    assert_same_end(back, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_newer_checkpoint_of_the_runs_own_is_not_left_behind(
+    data: Path, tmp_path: Path, uninterrupted: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_until(config_for(data, tmp_path / "other"), "latest:4")
+    run_until(config_for(data, tmp_path / "run"), "latest:8")
+    config = resumed_from(tmp_path / "other" / "checkpoints" / "step-00000004", data, tmp_path / "run")
+    run_to_the_end(config)
+    assert "has step-00000008, which is newer" in capfd.readouterr().err
+    assert_same_end(config, uninterrupted)
+
+
+def test_an_older_run_in_the_folder_keeps_its_points_up_to_its_checkpoint(data: Path, tmp_path: Path) -> None:
+    run_until(config_for(data, tmp_path / "other"), "latest:10")
+    run_until(config_for(data, tmp_path / "run"), "step:7")
+    config = resumed_from(tmp_path / "other" / "checkpoints" / "step-00000010", data, tmp_path / "run")
+    run_until(config, "step:11")
+    run_to_the_end(config)
+    steps = [point["step"] for point in ends_of(config)[1] if "lr" in point]
+    assert steps == [4, 12, 14]
