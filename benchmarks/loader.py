@@ -35,7 +35,7 @@ from timing import Timing, describe_machine
 from accel_clip.config import DataConfig
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
-from accel_clip.data.once import DifferentPictures
+from accel_clip.data.once import DifferentPictures, Plan
 from accel_clip.data.order import Order
 from accel_clip.data.picture_building import build
 from accel_clip.data.picture_cache import PictureCache
@@ -150,7 +150,8 @@ def decoded(shard: Path) -> PictureCache:
     source = open_source(str(shard), data)
     decode = Preparation(TOKENIZER, PIXELS, data.max_pixels, seed=0).decoded
     folder = shard.with_name("pictures")
-    list(build(DifferentPictures(source, decode), folder, {}, room_gib=100, num_workers=1))
+    pictures = DifferentPictures(source, decode)
+    list(build(pictures, Plan.of_all(pictures), folder, {}, room_gib=100, num_workers=1))
     return PictureCache(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import pickle
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,12 @@ from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_training
 from accel_clip.data.picture_building import GIB, open_pictures
 from accel_clip.data.picture_cache import PictureCache
-from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.base import SOURCES, Pair, Source
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.files.marked import settle
 from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.registry import Entry
 
 NUM_REPEATED = 3
 PROGRAM_ARGUMENTS = ("train.py", "")
@@ -264,7 +266,7 @@ def test_the_room_is_a_limit_however_small_the_estimate_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(picture_building, "expected_bytes", lambda pictures: 0)
+    monkeypatch.setattr(picture_building, "expected_bytes", lambda pictures, items: 0)
     monkeypatch.setattr(picture_building, "PICTURES_AT_ONCE", 4)
     written = []
     write = CacheWriter.write
@@ -279,9 +281,10 @@ def test_the_estimate_is_near_what_is_taken(table: Path, model: ClipModel, monke
     config = config_for(table)
     pictures = picture_building.DifferentPictures(pairs_of(config), preparation_for(model, config).decoded)
     cache = cache_of(model, config, table.parent)
-    assert cache is not None and picture_building.expected_bytes(pictures) == cache.num_bytes
+    items = numpy.arange(len(pictures))
+    assert cache is not None and picture_building.expected_bytes(pictures, items) == cache.num_bytes
     monkeypatch.setattr(picture_building, "NUM_TO_ESTIMATE", 12)
-    assert 0.5 < picture_building.expected_bytes(pictures) / cache.num_bytes < 2
+    assert 0.5 < picture_building.expected_bytes(pictures, items) / cache.num_bytes < 2
 
 
 def test_a_full_disk_ends_the_run_with_what_is_needed_and_available(
@@ -321,11 +324,6 @@ def test_a_disk_that_fills_up_meanwhile_is_left_without_half_a_cache(
 # --- used again
 
 
-def fewer_pairs(config: Config, table: Path) -> Config:
-    table.write_text("\n".join(table.read_text(encoding="utf-8").splitlines()[:-5]), encoding="utf-8")
-    return config
-
-
 def other_size(config: Config, table: Path) -> Config:
     return replace(config, model=ModelConfig(small_model(table.parent), options={"force_image_size": 48}))
 
@@ -339,7 +337,6 @@ def no_augmentation(config: Config, table: Path) -> Config:
 
 
 CHANGES = [
-    (fewer_pairs, "length, keys"),
     (other_size, "preprocessing"),
     (smaller_pictures, "max_pixels"),
     (no_augmentation, "augmentation"),
@@ -358,6 +355,146 @@ def test_pictures_decoded_otherwise_are_replaced_and_it_is_said(
     assert f"were computed with other {named}: they are replaced" in capsys.readouterr().err
     found, expected = batches_of(other, after, cache), batches_of(other, after)
     assert all(torch.equal(batch.image, plain.image) for batch, plain in zip(found, expected, strict=True))
+
+
+def counting_decoder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that takes in the name of every file that is decoded from now on."""
+    decoded: list[str] = []
+
+    def counted(image: Path, *rest: Any) -> Image.Image:
+        decoded.append(image.name)
+        return decode_small(image, *rest)
+
+    monkeypatch.setattr(examples, "decode_small", counted)
+    monkeypatch.setattr(picture_building, "expected_bytes", lambda pictures, items: 0)
+    return decoded
+
+
+def assert_same_batches(model: ClipModel, config: Config, cache: PictureCache | None) -> None:
+    found, expected = batches_of(model, config, cache), batches_of(model, config)
+    for batch, plain in zip(found, expected, strict=True):
+        assert torch.equal(batch.image, plain.image) and torch.equal(batch.sample, plain.sample)
+        assert batch.bad_samples == plain.bad_samples
+
+
+def replaced_in_place(file: Path) -> None:
+    """Replace a picture by another one whose file has as many bytes."""
+    before = file.stat()
+    content = io.BytesIO()
+    turned = Image.open(file).transpose(Image.Transpose.ROTATE_180)
+    turned.save(content, "BMP")
+    file.write_bytes(content.getvalue())
+    assert file.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_changed_is_decoded_anew_alone_and_it_is_said(
+    table: Path, model: ClipModel, num_workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file is replaced, one by as many bytes, one mended, one has come, one row is gone, one stays broken."""
+    folder, config = table.parent, config_for(table)
+    good = (folder / "half.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(b"<html>")
+    (folder / "grey.jpg").write_bytes(b"<html>")
+    cache_of(model, config, folder, num_workers)
+    (folder / "half.jpg").write_bytes(good)
+    noise(77, 78).save(folder / "whole.jpg")
+    replaced_in_place(folder / "tiny.bmp")
+    noise(50, 51).save(folder / "late.png")
+    rows = [line for line in table.read_text(encoding="utf-8").splitlines() if not line.startswith("deep.png")]
+    table.write_text("\n".join([*rows, "late.png,a late one,late"]), encoding="utf-8")
+    capsys.readouterr()
+    decoded = counting_decoder(monkeypatch)
+    cache = cache_of(model, config, folder, num_workers)
+    said = capsys.readouterr().err
+    assert "are used again, but for 2 changed, 1 new, 2 unusable before of 17" in said
+    assert num_workers or sorted(decoded) == ["grey.jpg", "half.jpg", "late.png", "tiny.bmp", "whole.jpg"]
+    assert cache is not None and len(cache) == 17 and len(cache.unusable) == 1
+    assert_same_batches(model, config, cache)
+    decoded.clear()
+    capsys.readouterr()
+    assert cache_of(model, config, folder) is not None
+    assert "but for 1 unusable before of 17" in capsys.readouterr().err and decoded == ["grey.jpg"]
+
+
+def test_the_room_is_counted_without_what_is_replaced(table: Path, model: ClipModel) -> None:
+    whole = cache_of(model, config_for(table), table.parent)
+    assert whole is not None
+    config = config_for(table, room=whole.num_bytes / GIB)
+    for name in ("large.png", "alpha.png", "palette.png", "deep.png", "lossy.webp"):
+        replaced = Image.open(table.parent / name).convert("RGB").rotate(180)
+        replaced.save(table.parent / name)
+    cache = cache_of(model, config, table.parent)
+    assert cache is not None and cache.num_bytes == whole.num_bytes
+
+
+def test_pictures_that_are_still_unusable_cost_no_copy(table: Path, model: ClipModel) -> None:
+    (table.parent / "half.jpg").unlink()
+    config = config_for(table)
+    cache_of(model, config, table.parent)
+    before = {file: file.stat().st_ino for file in (table.parent / "pictures").iterdir()}
+    cache = cache_of(model, config, table.parent)
+    assert {file: file.stat().st_ino for file in (table.parent / "pictures").iterdir()} == before
+    (table.parent / "half.jpg").write_bytes(b"<html>")  # unusable for another reason
+    cache = cache_of(model, config, table.parent)
+    assert cache is not None and [problem[0] for problem in cache.unusable.values()] == ["unreadable"]
+    assert_same_batches(model, config, cache)
+
+
+def test_a_cache_that_was_moved_beside_other_pictures_of_these_names(table: Path, model: ClipModel) -> None:
+    cache_of(model, config_for(table), table.parent)
+    other = table.parent / "other"
+    other.mkdir()
+    write_pictures(other)
+    noise(60, 61).save(other / "large.png")
+    (other / table.name).write_bytes(table.read_bytes())
+    (table.parent / "pictures").rename(other / "pictures")
+    config = config_for(other / table.name)
+    assert_same_batches(model, config, cache_of(model, config, other))
+
+
+def test_pictures_in_a_shard_that_was_written_anew(table: Path, model: ClipModel) -> None:
+    shard = table.parent / "pairs.tar"
+    config = config_for(shard, augmentation="none")
+    config = replace(config, data=replace(config.data, caption_key=None))
+    for colour in range(2):
+        with tarfile.open(shard, "w") as tar:
+            for number in range(8):
+                picture = io.BytesIO()
+                Image.new("RGB", (40, 40), (255 * colour, 30 * number, 0)).save(picture, "BMP")
+                for ending, content in (("bmp", picture.getvalue()), ("txt", b"a colour")):
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        assert_same_batches(model, config, cache_of(model, config, table.parent))
+
+
+def test_pictures_of_a_source_of_ones_own(
+    table: Path, model: ClipModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Own:
+        name = "own"
+
+        def __init__(self, folder: str, options: Any) -> None:
+            self.files = sorted(Path(folder).glob("*.png"))
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> Pair:
+            return Pair(self.files[index], (self.files[index].stem,))
+
+        def key(self, index: int) -> str:
+            return self.files[index].name
+
+    monkeypatch.setitem(SOURCES._entries, "own", Entry("own", Own, (), ""))
+    config = config_for(table)
+    config = replace(config, data=replace(config.data, train=[f"own:{table.parent}"], caption_key=None))
+    cache_of(model, config, table.parent)
+    noise(33, 34).save(table.parent / "alpha.png")
+    decoded = counting_decoder(monkeypatch)
+    cache_of(model, config, table.parent)
+    assert decoded == ["alpha.png"] and "but for 1 changed of 5" in capsys.readouterr().err
 
 
 def test_the_same_pictures_are_used_again_and_shared_in_memory(
@@ -390,7 +527,7 @@ def test_half_a_cache_is_not_read(table: Path, model: ClipModel, end: str) -> No
         (folder / "pixels.bin").write_bytes((folder / "pixels.bin").read_bytes()[:-100])
     else:
         (folder / "about.json").unlink()
-    assert PictureCache.what_changed(folder, whole.fingerprint) is None
+    assert PictureCache.if_whole(folder) is None
     found = cache_of(model, config_for(table), table.parent)
     assert found is not None and found.keys.tolist() == keys
     assert all(torch.equal(found[key], pixels[key]) for key in keys)

@@ -1,8 +1,9 @@
 """A folder with what is computed once for every different picture or caption, and what it was computed from.
 
 It holds `keys.npy`, int64 [n], ascending: the hashes of pictures' keys or of captions, so equal ones stand there once;
-`about.json` with the fingerprint of what all was computed from and the items that could not be used; and the data. It
-is written beside its place and moved there when it is whole: one that was cut off is never read.
+`stamps.npy`, uint64 [n]: what each was computed from beside its key; `places.npy`: where its part of the data begins;
+`about.json` with the fingerprint of how all was computed and the items that could not be used; and the data, in any
+order. It is written beside its place and moved there when it is whole: one that was cut off is never read.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class CacheFolder:
     A broken folder raises OSError, ValueError or `WrongContent`.
     """
 
+    dimensions_of_places = 1
+    """of `places.npy`: one number for each key, or several"""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         about: About = read_json(folder / "about.json", About)
@@ -53,6 +57,10 @@ class CacheFolder:
         self.keys = load_array(folder / "keys.npy", numpy.int64, 1)
         if (numpy.diff(self.keys) <= 0).any():
             raise ValueError("keys are not in ascending order")
+        self.stamps = load_array(folder / "stamps.npy", numpy.uint64, 1)
+        self.places = load_array(folder / "places.npy", numpy.int64, self.dimensions_of_places)
+        if not 0 < len(self.keys) == len(self.stamps) == len(self.places):
+            raise ValueError(f"{len(self.keys)} keys, {len(self.stamps)} stamps and {len(self.places)} places")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,13 +80,22 @@ class CacheFolder:
         return row
 
     @classmethod
-    def what_changed(cls, folder: Path, fingerprint: Fingerprint) -> list[str] | None:
-        """Return what a folder was computed from that is different now: [] when it can be used, None if not whole."""
+    def if_whole(cls, folder: Path) -> Self | None:
+        """Return what a folder holds, None where that is not whole."""
         try:
-            stored = cls(folder).fingerprint
+            return cls(folder)
         except (OSError, ValueError, WrongContent):  # whatever a broken folder makes of the readers
             return None
-        return [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+
+    def what_changed(self, fingerprint: Fingerprint) -> list[str]:
+        """Return what the data was computed with that is different now."""
+        return [name for name in fingerprint if self.fingerprint.get(name) != fingerprint[name]]
+
+    def rows(self, keys: numpy.ndarray, stamps: numpy.ndarray) -> numpy.ndarray:
+        """Return where items that are as they were stand, int64 [m]; -1 for new, changed and unusable ones."""
+        rows = numpy.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        are_same = (self.keys[rows] == keys) & (self.stamps[rows] == stamps)
+        return numpy.where(are_same & ~numpy.isin(keys, list(self.unusable)), rows, -1)
 
 
 def load_array(file: Path, kind: type[numpy.generic], num_dimensions: int) -> numpy.ndarray:
@@ -122,7 +139,7 @@ class CacheWriter:
         unusable: Mapping[int, UnusableSample],
         **arrays: numpy.ndarray,
     ) -> None:
-        """Add the keys, int64 [n], what the data is of and further arrays by name, and move all to its place."""
+        """Add the keys, int64 [n], what the data is of and the other arrays by name, and move all to its place."""
         about = {"fingerprint": fingerprint, "unusable": {str(key): each.args for key, each in unusable.items()}}
         with self.storage_errors():
             self.file.flush()

@@ -1,6 +1,7 @@
 """Features of a frozen tower on disk: computed once, then read in place of every later forward pass.
 
-A cache folder (`cache_folder.py`) whose data is `features.npy`, float32 [n, D].
+A cache folder (`cache_folder.py`) whose data is `features.npy`, float32 [n, D]; `places.npy`, int64 [n], says by key
+which row is whose.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 from accel_clip.data.cache_folder import CacheFolder, CacheWriter, load_array
 from accel_clip.run_folder import FEATURES
 
+ROWS_AT_ONCE = 4096
+
 
 class FeatureCache(CacheFolder):
     """Features by the hash of a caption or of a picture's key."""
@@ -21,12 +24,12 @@ class FeatureCache(CacheFolder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.features = load_array(folder / "features.npy", numpy.float32, 2)
-        if len(self.keys) != len(self.features):
-            raise ValueError(f"{len(self.keys)} keys and {len(self.features)} rows")
+        if self.places.min() < 0 or self.places.max() >= len(self.features):
+            raise ValueError(f"places beyond {len(self.features)} rows")
 
     def __getitem__(self, key: int) -> Tensor:
         """Return the features of an item, float32 [D]; raises `UnusableSample` as its first decoding did."""
-        return torch.from_numpy(numpy.array(self.features[self.row(key)]))
+        return torch.from_numpy(numpy.array(self.features[self.places[self.row(key)]]))
 
 
 class FeatureWriter(CacheWriter):
@@ -41,3 +44,8 @@ class FeatureWriter(CacheWriter):
     def append(self, rows: Tensor) -> None:
         """Write the next rows, [m, D]."""
         self.write(rows.cpu().numpy().astype("<f4", copy=False))
+
+    def append_from(self, old: FeatureCache, rows: numpy.ndarray) -> None:
+        """Write the features of some keys of another cache, by their number, int64 [k]."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            self.write(old.features[old.places[rows[start : start + ROWS_AT_ONCE]]])

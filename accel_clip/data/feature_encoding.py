@@ -1,9 +1,10 @@
 """The features of a frozen tower for all training data, encoded once by all processes together.
 
-1. Find the different pictures or captions, by hash, and whether features of exactly these are on disk already.
-2. If not, cut them into chunks; chunk c goes to process c % num_processes.
+1. Find the different pictures or captions, by hash, and of which the features are on disk already, and no file has
+   changed since; those that could not be used are tried again.
+2. Cut the others into chunks; chunk c goes to process c % num_processes.
 3. In each round every process encodes a chunk as the training step does and fills it up with zeros; the rows of all
-   are gathered, and the first process writes them (`feature_cache.py`).
+   are gathered, and the first process writes them, and those that are known (`feature_cache.py`).
 4. All processes map the finished files.
 """
 
@@ -31,7 +32,7 @@ from accel_clip.data.cache_folder import Fingerprint
 from accel_clip.data.captions import hash_of
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
-from accel_clip.data.once import DifferentPictures, Items, fingerprint_of, load, must_build, say_unusable
+from accel_clip.data.once import DifferentPictures, Items, Plan, load, plan_cache, say_unusable
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.models.anatomy import Anatomy
@@ -139,10 +140,11 @@ def open_features(
         items = DifferentCaptions(source, tower.model.tokenizer)
     if not len(items):
         raise DataError(f"data.train: {source.name} holds no usable {NOUNS[tower.side]}")
-    fingerprint = {**tower.fingerprint(), **fingerprint_of(source, items), "max_pixels": max_pixels}
-    if must_build(tower.accelerator, FeatureCache, folder, fingerprint, "features"):
-        say(f"encoding {len(items):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
-        encode_all(tower, items, folder, fingerprint, num_workers)
+    fingerprint = {**tower.fingerprint(), "max_pixels": max_pixels}
+    plan = plan_cache(tower.accelerator, FeatureCache, folder, fingerprint, items, "features")
+    if len(plan.todo):
+        say(f"encoding {len(plan.todo):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
+        encode_all(tower, items, plan, folder, fingerprint, num_workers)
     try:
         return FeatureCache(folder)
     except (OSError, ValueError) as error:
@@ -151,13 +153,15 @@ def open_features(
         ) from error
 
 
-def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fingerprint, num_workers: int) -> None:
-    """Encode the items, each process its share, and write them."""
+def encode_all(
+    tower: FrozenTower, items: Items, plan: Plan, folder: Path, fingerprint: Fingerprint, num_workers: int
+) -> None:
+    """Encode what is planned, each process its share, and write all features."""
     accelerator, num_rows = tower.accelerator, min(tower.rows, MOST_ROWS)
     width = tower.model.model_config["embed_dim"]
     writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
     own_problems: list[tuple[int, UnusableSample]] = []
-    chunks = own_chunks(accelerator, len(items), num_rows)
+    chunks = own_chunks(accelerator, plan.todo, num_rows)
     tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
     loaded = load(items, chunks, num_workers, torch.stack)
     for number, (items_of_chunk, chunk) in enumerate(zip(chunks, loaded, strict=True)):
@@ -167,16 +171,34 @@ def encode_all(tower: FrozenTower, items: Items, folder: Path, fingerprint: Fing
         own_problems += [(int(items.keys[items_of_chunk[row]]), each) for row, each in chunk.problems.items()]
         gathered = accelerator.gather(rows)
         if writer is not None:
-            writer.append(gathered[: len(items) - number * len(gathered)])
-    problems = gather_object(own_problems)
+            writer.append(gathered[: len(plan.todo) - number * len(gathered)])
+    problems = dict(gather_object(own_problems))
     if writer is not None:
-        writer.finish(items.keys, fingerprint, dict(problems))
+        complete(writer, items, plan, fingerprint, problems)
     say_unusable(len(problems), len(items))
     accelerator.wait_for_everyone()
 
 
-def own_chunks(accelerator: Accelerator, num_items: int, num_rows: int) -> list[range]:
+def complete(
+    writer: FeatureWriter,
+    items: Items,
+    plan: Plan,
+    fingerprint: Fingerprint,
+    problems: dict[int, UnusableSample],
+) -> None:
+    """Write the features that are kept behind those that were encoded, unless nothing came of these."""
+    with writer:
+        old = FeatureCache(writer.folder) if len(plan.kept) else None
+        if old is not None:
+            if plan.is_needless(old.unusable, problems):
+                return
+            writer.append_from(old, plan.rows)
+        places = plan.in_order(numpy.arange(len(items)))
+        writer.finish(items.keys, fingerprint, problems, stamps=items.stamps, places=places)
+
+
+def own_chunks(accelerator: Accelerator, todo: numpy.ndarray, num_rows: int) -> list[list[int]]:
     """Return the items of this process, one chunk a round; in the last round some processes have none."""
     in_round = num_rows * accelerator.num_processes
-    own = (start + accelerator.process_index * num_rows for start in range(0, num_items, in_round))
-    return [range(min(start, num_items), min(start + num_rows, num_items)) for start in own]
+    own = (start + accelerator.process_index * num_rows for start in range(0, len(todo), in_round))
+    return [todo[start : start + num_rows].tolist() for start in own]

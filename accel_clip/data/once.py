@@ -5,12 +5,11 @@ What cannot be used is handed on as the error that says why, for `cache_folder.p
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from accel_clip.data.cache_folder import CacheFolder, Fingerprint
 from accel_clip.data.captions import hash_of
 from accel_clip.data.loader import usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Pair, Source
+from accel_clip.data.sources.stamps import stamps_of
 from accel_clip.faults import DataError
 
 NUM_AHEAD = 2  # chunks that each worker has ready
@@ -57,6 +57,11 @@ class Items(Dataset[Loaded]):
         """Return an item as it is needed; raises `UnusableSample` and `DataError`."""
         raise NotImplementedError
 
+    @cached_property
+    def stamps(self) -> numpy.ndarray:
+        """Return what tells whether items with the same keys have changed, uint64 [n], at the first look."""
+        return numpy.zeros(len(self), numpy.uint64)
+
 
 class DifferentPictures(Items):
     """The pictures of a source, decoded; those with one key once."""
@@ -70,6 +75,11 @@ class DifferentPictures(Items):
     def load(self, item: int) -> Tensor:
         """Return the pixels of a picture."""
         return self.decode(self.fetch(item).image)
+
+    @cached_property
+    def stamps(self) -> numpy.ndarray:
+        """Return the stamps of the pictures' files."""
+        return stamps_of(self.source, self.first_sample)
 
     def fetch(self, item: int) -> Pair:
         """Return the first pair with a picture; another where that one has a fault of its own, in its caption."""
@@ -91,7 +101,7 @@ class LoadedChunk:
     problems: dict[int, UnusableSample] = field(default_factory=dict)
 
 
-def load(items: Items, chunks: Sequence[range], num_workers: int, join: Join) -> Iterator[LoadedChunk]:
+def load(items: Items, chunks: Sequence[Sequence[int]], num_workers: int, join: Join) -> Iterator[LoadedChunk]:
     """Yield chunks of items behind a progress bar on the first process; raises what a worker could not get over."""
     loader = DataLoader(
         items,
@@ -114,23 +124,70 @@ def collate(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
     return LoadedChunk(join(list(usable.values())) if usable else None, list(usable), problems)
 
 
-def fingerprint_of(source: Source, items: Items) -> Fingerprint:
-    """Return what tells the items from those of another source."""
-    keys = hashlib.blake2b(items.keys.tobytes(), digest_size=16)
-    return {"source": source.name, "length": len(source), "keys": keys.hexdigest()}
+@dataclass(frozen=True)
+class Plan:
+    """What of the items is computed, int64 [m], and which are kept, int64 [k], from what rows of the cache there is."""
+
+    todo: numpy.ndarray
+    kept: numpy.ndarray
+    rows: numpy.ndarray
+
+    @classmethod
+    def of_all(cls, items: Items) -> Plan:
+        """Return the plan to compute all items."""
+        none = numpy.zeros(0, numpy.int64)
+        return cls(numpy.arange(len(items)), none, none)
+
+    def chunks(self, num_items: int) -> list[list[int]]:
+        """Return what is computed, in pieces of so many items."""
+        return [self.todo[start : start + num_items].tolist() for start in range(0, len(self.todo), num_items)]
+
+    def in_order(self, written: numpy.ndarray) -> numpy.ndarray:
+        """Return by item what was written of it, first what was computed and then what was kept, [n, …] each."""
+        return written[numpy.concatenate([self.todo, self.kept]).argsort()]
+
+    def is_needless(self, unusable: Mapping[int, tuple[Any, ...]], problems: Mapping[int, UnusableSample]) -> bool:
+        """Return whether all that was computed turned out to be as unusable as the cache there is says already."""
+        are_same = all(unusable.get(key) == problem.args for key, problem in problems.items())
+        return len(self.kept) > 0 and len(problems) == len(self.todo) and are_same
 
 
-def must_build(
-    accelerator: Accelerator, kind: type[CacheFolder], folder: Path, fingerprint: Fingerprint, what: str
-) -> bool:
-    """Return whether the data is not on disk, and say why: the first process looks for all."""
-    changed = kind.what_changed(folder, fingerprint) if accelerator.is_main_process else None
-    [changed] = broadcast_object_list([changed])
+def plan_cache(
+    accelerator: Accelerator, kind: type[CacheFolder], folder: Path, fingerprint: Fingerprint, items: Items, what: str
+) -> Plan:
+    """Return what must be computed, and say why: the first process looks for all; collective."""
+    plan: Any = None
+    if accelerator.is_main_process:
+        plan = plan_by(kind.if_whole(folder), fingerprint, items, f"the {what} in {folder}")
+    [plan] = broadcast_object_list([plan])
+    return plan
+
+
+def plan_by(old: CacheFolder | None, fingerprint: Fingerprint, items: Items, what: str) -> Plan:
+    """Return what must be computed beside the cache there is, and say it."""
+    stamps = items.stamps  # before anything is computed: what changes meanwhile is noticed at the next start
+    changed = [] if old is None else old.what_changed(fingerprint)
     if changed:
-        say(f"the {what} in {folder} were computed with other {', '.join(changed)}: they are replaced")
-    elif changed is not None:
-        say(f"the {what} in {folder} are used again")
-    return changed != []
+        say(f"{what} were computed with other {', '.join(changed)}: they are replaced")
+    if old is None or changed:
+        return Plan.of_all(items)
+    rows = old.rows(items.keys, stamps)
+    plan = Plan(numpy.flatnonzero(rows < 0), numpy.flatnonzero(rows >= 0), rows[rows >= 0])
+    say(f"{what} are used again{but_for(items.keys[plan.todo], old, len(items))}")
+    return plan
+
+
+def but_for(keys: numpy.ndarray, old: CacheFolder, num_items: int) -> str:
+    """Return the end of a sentence that says how many items, by their keys, are not taken from a cache, and why."""
+    were_unusable = numpy.isin(keys, list(old.unusable))
+    are_known = numpy.isin(keys, old.keys)
+    counts = {
+        "changed": (are_known & ~were_unusable).sum(),
+        "new": (~are_known).sum(),
+        "unusable before": were_unusable.sum(),
+    }
+    told = [f"{count:,} {word}" for word, count in counts.items() if count]
+    return f", but for {', '.join(told)} of {num_items:,}" if told else ""
 
 
 def say_unusable(num_problems: int, num_items: int) -> None:

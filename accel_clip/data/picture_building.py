@@ -1,9 +1,10 @@
 """The decoded pictures of all training data, decoded once before the first step where they fit the room given to them.
 
-1. Find the different pictures, by hash, and whether exactly these are on disk already, decoded in the same way.
-2. If not, decode a few in the first process, to see whether all will fit.
-3. The workers of the first process decode all and it writes them (`picture_cache.py`); the others wait. Workers are as
-   many as all processes of its machine have, since theirs have nothing to do yet.
+1. Find the different pictures, by hash, and which are on disk already, decoded in the same way from files that are as
+   they were; those that could not be used are tried again.
+2. If some are not, decode a few of them in the first process, to see whether all will fit.
+3. The workers of the first process decode them and it writes all (`picture_cache.py`), the others from the old cache;
+   the other processes wait. Workers are as many as all processes of its machine have, since theirs have nothing to do.
 4. All processes map the finished file.
 """
 
@@ -31,9 +32,9 @@ from accel_clip.data.loader import usable_or_raise
 from accel_clip.data.once import (
     DifferentPictures,
     LoadedChunk,
-    fingerprint_of,
+    Plan,
     load,
-    must_build,
+    plan_cache,
     say_unusable,
 )
 from accel_clip.data.picture_cache import PictureCache, PictureWriter
@@ -46,6 +47,7 @@ from accel_clip.run_folder import PICTURES
 
 NUM_TO_ESTIMATE = 64
 PICTURES_AT_ONCE = 16  # what a worker hands over in one piece: a few MB of shared memory
+COPIED_AT_ONCE = 64  # from an old cache: some MB
 
 
 def open_pictures(
@@ -63,11 +65,11 @@ def open_pictures(
     read by every process.
     """
     pictures = DifferentPictures(source, preparation_for(model, config).decoded)
-    fingerprint = {**decoding_of(model, config), **fingerprint_of(source, pictures)}
-    if must_build(accelerator, PictureCache, folder, fingerprint, "decoded pictures"):
-        building = build(
-            pictures, folder, fingerprint, config.data.image_cache_gib, num_workers * num_local_processes()
-        )
+    fingerprint = decoding_of(model, config)
+    plan = plan_cache(accelerator, PictureCache, folder, fingerprint, pictures, "decoded pictures")
+    if len(plan.todo):
+        num_workers *= num_local_processes()
+        building = build(pictures, plan, folder, fingerprint, config.data.image_cache_gib, num_workers)
         if not wait_for(accelerator, building, beat):
             return None
     try:
@@ -99,20 +101,23 @@ def wait_for(accelerator: Accelerator, building: Iterator[bool | None], beat: Ca
 
 
 def build(
-    pictures: DifferentPictures, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
+    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
 ) -> Iterator[bool | None]:
-    """Decode all pictures and write them, if there is room: yield None after every piece, and at last whether they are.
+    """Decode what is planned and write all, if there is room: yield None after every piece, and at last whether it is.
 
     Raises `StorageError` where the disk has less room than they need.
     """
-    remove_old(folder)
-    expected = expected_bytes(pictures)
+    old = PictureCache(folder) if len(plan.kept) else None
+    if old is None:
+        remove_old(folder)
+    expected = expected_bytes(pictures, plan.todo) + (0 if old is None else old.bytes_of(plan.rows))
     if expected > room_gib * GIB:
+        remove_old(folder)
         say(f"the decoded pictures would take about {in_gib(expected)}, more than {too_small(room_gib)}")
         yield False
         return
     require_space(folder, expected)
-    yield from decode_all(pictures, folder, fingerprint, room_gib, num_workers)
+    yield from write_all(pictures, plan, folder, fingerprint, room_gib, num_workers)
 
 
 def remove_old(folder: Path) -> None:
@@ -123,29 +128,51 @@ def remove_old(folder: Path) -> None:
         raise StorageError(f"{folder}: {error}") from error
 
 
-def decode_all(
-    pictures: DifferentPictures, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
+def write_all(
+    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
 ) -> Iterator[bool | None]:
-    """Decode all pictures and write them until they take too much room; yields what `build` does."""
-    starts = range(0, len(pictures), PICTURES_AT_ONCE)
-    chunks = [range(start, min(start + PICTURES_AT_ONCE, len(pictures))) for start in starts]
+    """Write all pictures until they take too much room; yields what `build` does."""
+    old = PictureCache(folder) if len(plan.kept) else None
     problems: dict[int, UnusableSample] = {}
     with PictureWriter(folder) as writer:
-        for chunk, loaded in zip(chunks, load(pictures, chunks, num_workers, flattened), strict=True):
-            writer.append(*in_places(loaded, len(chunk)))
-            problems |= {int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()}
+        for values, shapes in pieces(pictures, plan, old, problems, num_workers):
+            writer.append(values, shapes)
             if writer.num_bytes > room_gib * GIB:
                 break
             yield None
         else:
-            writer.finish(pictures.keys, fingerprint, problems, places=writer.array_of_places())
+            if old is None or not plan.is_needless(old.unusable, problems):
+                places = plan.in_order(writer.array_of_places())
+                writer.finish(pictures.keys, fingerprint, problems, stamps=pictures.stamps, places=places)
     if writer.num_bytes > room_gib * GIB:
+        remove_old(folder)
         say(f"the decoded pictures take more than {too_small(room_gib)}")
         yield False
         return
-    say(f"pictures: {len(pictures) - len(problems):,} decoded once, {in_gib(writer.num_bytes)} in {folder}")
+    say(f"pictures: {len(plan.todo) - len(problems):,} decoded once, {in_gib(writer.num_bytes)} in {folder}")
     say_unusable(len(problems), len(pictures))
     yield True
+
+
+def pieces(
+    pictures: DifferentPictures,
+    plan: Plan,
+    old: PictureCache | None,
+    problems: dict[int, UnusableSample],
+    num_workers: int,
+) -> Iterator[tuple[Tensor, list[tuple[int, ...]]]]:
+    """Yield the values and the shapes of pictures: those that are decoded, then those of the old cache.
+
+    problems: takes in what cannot be used, by key.
+    """
+    chunks = plan.chunks(PICTURES_AT_ONCE)
+    for chunk, loaded in zip(chunks, load(pictures, chunks, num_workers, flattened), strict=True):
+        problems.update({int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()})
+        yield in_places(loaded, len(chunk))
+    if old is None or plan.is_needless(old.unusable, problems):
+        return
+    for start in range(0, len(plan.rows), COPIED_AT_ONCE):
+        yield flattened([old.picture(row) for row in plan.rows[start : start + COPIED_AT_ONCE]])
 
 
 def in_places(loaded: LoadedChunk, num_pictures: int) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -160,13 +187,11 @@ def flattened(pictures: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
     return torch.cat([each.reshape(-1) for each in pictures]), [tuple(each.shape) for each in pictures]
 
 
-def expected_bytes(pictures: DifferentPictures) -> int:
-    """Return about how many bytes all pictures take, from a sample that is spread over them."""
-    if not len(pictures):
-        return 0
-    sample = numpy.linspace(0, len(pictures) - 1, min(NUM_TO_ESTIMATE, len(pictures))).astype(int)
+def expected_bytes(pictures: DifferentPictures, items: numpy.ndarray) -> int:
+    """Return about how many bytes some pictures, int64 [m] of one or more, take: from a sample spread over them."""
+    sample = items[numpy.linspace(0, len(items) - 1, min(NUM_TO_ESTIMATE, len(items))).astype(int)]
     loaded = [usable_or_raise(pictures[int(item)]) for item in sample]
-    return sum(each.nbytes for each in loaded if isinstance(each, Tensor)) * len(pictures) // len(sample)
+    return sum(each.nbytes for each in loaded if isinstance(each, Tensor)) * len(items) // len(sample)
 
 
 def require_space(folder: Path, needed: int) -> None:

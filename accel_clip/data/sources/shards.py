@@ -35,6 +35,7 @@ from accel_clip.data.sources.shard_texts import (
     text_rules,
     text_too_large,
 )
+from accel_clip.data.sources.stamps import numbers_stamp
 from accel_clip.data.sources.tar_index import TarIndex, index_all
 from accel_clip.data.text_files import require_text_encoding
 from accel_clip.run_state import Count
@@ -85,6 +86,12 @@ class TarShards:
     def identity(self, index: int) -> str:
         """Return the key as all sources share it: the shard's absolute path and the sample's key in it."""
         return f"{self.reader.paths[self.shard_of(index)]}/{self.member_key(index)}"
+
+    def stamp(self, index: int) -> int:
+        """Return what tells whether a picture's shard has changed, or its place in it."""
+        shard, places = self.shard_of(index), self.samples.pictures
+        of_shard = self.reader.num_bytes[shard], self.reader.mtime_ns[shard]
+        return numbers_stamp(*of_shard, int(places.offsets[index]), int(places.sizes[index]))
 
     def shard_of(self, index: int) -> int:
         """Return the number of the shard that holds a sample."""

@@ -20,6 +20,7 @@ from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.cells import path_in, texts_in
 from accel_clip.data.sources.columns import Columns, choose_columns, class_names, holds_bytes, holds_pictures
 from accel_clip.data.sources.numbers import numbers_of, usual_width
+from accel_clip.data.sources.stamps import NO_FILE, file_stamp
 from accel_clip.data.sources.table_files import READERS, ROWS_AT_ONCE
 from accel_clip.faults import ConfigError, DataError
 
@@ -73,6 +74,11 @@ class TableSource:
         """Return the key as all sources share it: a picture's absolute path, or a hash of its bytes."""
         content, path = self.stored(index)
         return os.path.normpath(os.path.join(self.root, path)) if content is None else hash_of(content)
+
+    def stamp(self, index: int) -> int:
+        """Return what tells whether a picture's file has changed; bytes have their key."""
+        content, path = self.stored(index)
+        return NO_FILE if content is not None else file_stamp(self.file(path))
 
     def image(self, index: int) -> bytes | Path:
         """Return a picture's bytes, or the file that it is in; raises `UnusableSample`."""
