@@ -44,6 +44,7 @@ from accel_clip.health import (
     is_finite,
     warn_of_collapse,
 )
+from accel_clip.inputs import Inputs
 from accel_clip.logbook import Logbook
 from accel_clip.losses.base import build_loss, total
 from accel_clip.models.build import build_model
@@ -52,7 +53,7 @@ from accel_clip.models.training_model import clamp_logit_scale, share_running_st
 from accel_clip.optim.optimizers import set_learning_rate
 from accel_clip.optim.schedules import build_schedule
 from accel_clip.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
-from accel_clip.processes import build_accelerator, choose_workers, describe_processes, own_command
+from accel_clip.processes import build_accelerator, choose_workers, describe_processes, known_to_all, own_command
 from accel_clip.randomness import derive_seed
 from accel_clip.resume import is_finished, say_changes
 from accel_clip.run_folder import RunFolder
@@ -136,6 +137,7 @@ class Trainer:
         config = self.config
         opened = open_training(config.data, self.loss.data_columns())
         self.held_out = opened.held_out
+        self.sources = {"data.train": opened.source, "data.val": opened.held_out}
         self.feed = build_feed(opened, config, self.accelerator.num_processes)
         num_steps = self.feed.num_steps(config.train)
         self.timetable = Timetable(config, num_steps, self.feed.batches_per_epoch)
@@ -160,13 +162,15 @@ class Trainer:
     def build_evaluator(self) -> None:
         """Read the held-out pairs and the labelled pictures; raises `ConfigError` for a metric that is not measured."""
         config = self.config
-        labelled = config.eval.zero_shot
+        named = config.eval.zero_shot
+        labelled = None if named is None else open_labelled(named, config.data, config.eval.label_key)
+        self.sources["eval.zero_shot"] = labelled
         self.evaluator = Evaluator(
             self.accelerator,
             self.model,
             config.eval,
             held_out=self.held_out,
-            zero_shot=None if labelled is None else open_labelled(labelled, config.data, config.eval.label_key),
+            zero_shot=labelled,
             loss=self.loss,
             max_pixels=config.data.max_pixels,
             num_workers=self.num_workers,
@@ -180,6 +184,7 @@ class Trainer:
         self.saved_step: int | None = None
         found = self.saver.find()
         self.saver.check_space()
+        self.read_inputs(found)
         if found is None:
             self.folder.require_no_checkpoint()
         else:
@@ -188,6 +193,15 @@ class Trainer:
             self.saved_step = found.step
             say(f"going on from {found.path}")
         return found
+
+    def read_inputs(self, found: Checkpoint | None) -> None:
+        """Take down what the settings name by path, on the first process; raise `ConfigError` when it has changed."""
+        self.inputs: Inputs | None = None
+        with known_to_all(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.inputs = Inputs(self.config, self.sources)
+                if found is not None:
+                    self.inputs.require_same_as_in(found)
 
     def load_state(self, found: Checkpoint) -> None:
         """Take over what a checkpoint holds beside the place in the data."""
@@ -210,6 +224,7 @@ class Trainer:
             },
             "plan": plan_state(self.assembly.place, self.config.train, self.contrastive_step.plan),
             "file_sizes": self.folder.file_sizes(),
+            "inputs": None if self.inputs is None else self.inputs.state_dict(),
         }
 
     def build_step(self) -> None:
@@ -247,6 +262,8 @@ class Trainer:
                 self.folder.require_no_checkpoint()
             self.folder.cut_files(self.saver.file_sizes(self.found))
             save_config(self.config, self.folder.config)
+            if self.inputs is not None:
+                self.inputs.keep(self.folder.checkpoints)
             self.folder.write_status("running", self.state.step, command=self.command)
 
     def start(self) -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "models", "optim", "losses"),
     (
         *("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),
-        *("logbook", "timetable"),
+        *("logbook", "timetable", "inputs"),
     ),
     ("trainer", "plots", "preflight"),
     ("cli",),

@@ -87,6 +87,15 @@ def origin(source: Source, index: int) -> tuple[Source, int]:
     return source, index
 
 
+def bases(source: Source) -> list[Source]:
+    """Return the sources that a source is made of, through subsets and concatenations."""
+    if isinstance(source, Subset):
+        return bases(source.source)
+    if isinstance(source, Concatenated):
+        return [base for part in source.sources for base in bases(part)]
+    return [source]
+
+
 def part_names(source: Source) -> list[str]:
     """Return the names of the sources that were put together, made different where two are the same."""
     return told_apart(part.name for part in (source.sources if isinstance(source, Concatenated) else [source]))
