@@ -291,7 +291,8 @@ class CheckpointConfig:
     keep: Annotated[int, Range(1, 10**9)] = 3
     """newest checkpoints that are kept; the best one is kept beside them"""
     resume: str = "auto"
-    """auto = the run in output_dir goes on; never = a run there is an error; or the path of a step-... folder"""
+    """auto = the run in output_dir goes on; never = a run there is an error; or the path of a step-... folder to begin
+    from, which goes on from its own checkpoints when it is started again"""
 
     def __post_init__(self) -> None:
         require_ranges(self, "checkpoint.")
