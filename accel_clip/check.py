@@ -7,6 +7,7 @@ from functools import partial
 
 from accel_clip.config import Config
 from accel_clip.data.sources.resolve import locate
+from accel_clip.models.description import check_described
 from accel_clip.plugins import load_plugins
 from accel_clip.redaction import refuse_credentials
 from accel_clip.resume import check_folder
@@ -16,8 +17,9 @@ Check = Callable[[], object]
 
 
 def check_files(config: Config) -> None:
-    """Raise for a run folder, a plugin or data that cannot be used or found; torch is not imported for it."""
+    """Raise for a model's file, a run folder, a plugin or data that cannot be used; torch is not imported for it."""
     refuse_credentials(config.to_dict())
+    check_described(config.model)
     check_folder(config)
     check_sources(config)
 

@@ -22,22 +22,26 @@ from torch import Tensor
 
 from accel_clip.config import ModelConfig
 from accel_clip.faults import ConfigError, DataError, nearest, one_line
-from accel_clip.models.description import Description, Options, Preprocessing, check_description
+from accel_clip.models.description import (
+    ARCHITECTURE,
+    Description,
+    Options,
+    Preprocessing,
+    check_description,
+    read_description,
+)
 from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
 from accel_clip.models.size import require_room
 from accel_clip.network import go_offline_without_hub
-from accel_clip.typed_json import WrongContent, read_json
 
 TINY = Path(__file__).parent / "tiny.json"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
 TOWER_WEIGHTS = ("pretrained_image_path", "pretrained_text_path")
-ARCHITECTURE = ("embed_dim", "vision_cfg", "text_cfg")
 BROKEN_WEIGHTS = (
     *(RuntimeError, AttributeError, LookupError, ValueError, EOFError, StopIteration, RecursionError, SafetensorError),
     *(ArithmeticError, AssertionError, MemoryError),
 )
 """What the readers of weights raise for files that hold none, or those of another model."""
-MOST_BYTES = 1 << 20  # of a description, which fills a few hundred
 NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
 
 
@@ -127,14 +131,6 @@ def register_json(file: Path) -> str:
         raise ConfigError(f"model.name: {file} has the name of another model, '{file.stem}': rename the file")
     register_file(file)
     return file.stem
-
-
-def read_description(file: Path) -> Any:
-    """Return what a JSON file holds, which is not larger than a description; raises `ConfigError`."""
-    try:
-        return read_json(file, Any, MOST_BYTES)
-    except (OSError, WrongContent) as error:
-        raise ConfigError(f"model.name: {file} cannot be read: {one_line(error)}") from error
 
 
 def require_architecture(described: Any, name: str) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from accel_clip.faults import ConfigError
+from accel_clip.config import ModelConfig
+from accel_clip.faults import ConfigError, one_line
 from accel_clip.typed import Range, WrongValue, fit, require_ordinary_numbers
+from accel_clip.typed_json import WrongContent, read_json
+
+ARCHITECTURE = ("embed_dim", "vision_cfg", "text_cfg")
+MOST_BYTES = 1 << 20  # of a description, which fills a few hundred
 
 Layers = Annotated[int, Range(1, 256)]
 Width = Annotated[int, Range(1, 10**6)]
@@ -95,6 +101,23 @@ class Preprocessing:
     interpolation: str
     resize_mode: str
     fill_color: Annotated[int, Range(0, 255)]
+
+
+def check_described(config: ModelConfig) -> None:
+    """Raise `ConfigError` for numbers in a model's file or options; torch and open_clip are not imported for it."""
+    check_description(config.options, Options, "model.options")
+    if config.name.endswith(".json"):
+        described = read_description(Path(config.name))
+        if isinstance(described, dict) and all(key in described for key in ARCHITECTURE):
+            check_description(described, Description, f"model.name: {config.name}")
+
+
+def read_description(file: Path) -> Any:
+    """Return what a JSON file holds, which is not larger than a description; raises `ConfigError`."""
+    try:
+        return read_json(file, Any, MOST_BYTES)
+    except (OSError, WrongContent) as error:
+        raise ConfigError(f"model.name: {file} cannot be read: {one_line(error)}") from error
 
 
 def check_description(described: Any, kind: type, name: str) -> None:
