@@ -103,9 +103,8 @@ def train_command(arguments: list[str], program: str) -> None:
 
     folder = RunFolder(config.output_dir)
     if is_finished(config):
-        with folder.lock:
-            if console.is_first_process():
-                folder.settle()
+        if console.is_first_process():
+            folder.tidy()
         step = folder.read_status()["step"]
         console.say(f"the run in {config.output_dir} is complete at step {step}: a longer train.steps goes on with it")
         return

@@ -12,6 +12,7 @@ from typing import Any
 from accel_clip.faults import ConfigError, StorageError
 from accel_clip.files.lock import FolderLock, held_error
 from accel_clip.files.marked import MARK, Mark, read_mark, require_link, require_own, settle, write_mark
+from accel_clip.files.names import unfinished
 from accel_clip.files.whole import cut, write_text
 from accel_clip.redaction import masked
 from accel_clip.run_state import Count
@@ -116,6 +117,12 @@ class RunFolder:
                 raise held_error(self.path)
         except OSError as error:
             raise StorageError(f"output_dir: {self.path}: {error}") from error
+
+    def tidy(self) -> None:
+        """Finish or undo what a kill left in the folder, if anything; raises `StorageError`, `ConfigError`."""
+        if any(unfinished(folder) for folder in {self.path, *(place.resolve().parent for place in self.places())}):
+            with self.lock:
+                self.settle()
 
     def settle(self) -> None:
         """Own the folder, and finish or undo what a kill left in it; raises `StorageError`, `ConfigError`."""

@@ -91,13 +91,15 @@ def train(config: Config) -> TrainResult:
     """
     check_files(config)
     folder = RunFolder(config.output_dir)
+    if is_first_process():
+        folder.tidy()
+    if is_finished(config):
+        return finished_result(folder)
+    check_names(config)
+    say_changes(config)
     with folder.lock:
-        if is_first_process() and folder.holds_run():
-            folder.settle()
-        if is_finished(config):
-            return finished_result(folder)
-        check_names(config)
-        say_changes(config)
+        if is_first_process() and folder.path.exists():
+            folder.own()
         return Trainer(config, folder).run()
 
 

@@ -28,7 +28,6 @@ from accel_clip.checkpoint.folders import BEST, newest_first, point
 from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, make_manifest, verify
 from accel_clip.checkpoint.restore import restore_random
 from accel_clip.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from accel_clip.data.cache_folder import CacheFolder
 from accel_clip.data.feature_cache import FeatureCache
 from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_labelled, open_source
@@ -353,20 +352,22 @@ def features(folder: Path, **about: Any) -> Path:
     content = {"fingerprint": {"weights": "x"}, "unusable": {"3": ["unreadable", "no", None]}, **about}
     (folder / "about.json").write_text(json.dumps(content))
     numpy.save(folder / "keys.npy", numpy.arange(4))
+    numpy.save(folder / "stamps.npy", numpy.zeros(4, numpy.uint64))
+    numpy.save(folder / "places.npy", numpy.arange(4))
     numpy.save(folder / "features.npy", numpy.zeros((4, 2), numpy.float32))
     return folder
 
 
 @pytest.mark.parametrize("key", ["fingerprint", "unusable"])
 def test_an_about_of_another_kind_is_no_cache(key: str, tmp_path: Path) -> None:
-    assert FeatureCache.what_changed(features(tmp_path / "x"), {"weights": "x"}) == []
+    assert FeatureCache(features(tmp_path / "x")).what_changed({"weights": "x"}) == []
     for value in [*ODD, {"a": []}, {"a": ["x", "y", 3]}, {"1": ["no reason", "x", None]}, {"1e400": ["x", "y", None]}]:
         if value == {} or (key == "fingerprint" and value == {"a": 1}):
             continue
-        assert FeatureCache.what_changed(features(tmp_path / "x", **{key: value}), {"weights": "x"}) is None, value
+        assert FeatureCache.if_whole(features(tmp_path / "x", **{key: value})) is None, value
     for text in TEXTS:
         (features(tmp_path / "x") / "about.json").write_bytes(text)
-        assert CacheFolder.what_changed(tmp_path / "x", {"weights": "x"}) is None
+        assert FeatureCache.if_whole(tmp_path / "x") is None
 
 
 @pytest.mark.parametrize(
@@ -376,6 +377,9 @@ def test_an_about_of_another_kind_is_no_cache(key: str, tmp_path: Path) -> None:
         {"keys": numpy.arange(4.0)},
         {"keys": numpy.zeros((4, 1), numpy.int64)},
         {"keys": numpy.arange(3)},
+        {"stamps": numpy.zeros(4)},
+        {"places": numpy.array([0, 1, 2, 4])},
+        {"places": numpy.array([0, 1, 2, -1])},
         {"features": numpy.zeros(4, numpy.float32)},
         {"features": numpy.zeros((4, 2))},
         {"features": numpy.array([[None, 1]] * 4, object)},
@@ -385,7 +389,7 @@ def test_arrays_of_another_kind_are_no_cache(arrays: dict[str, numpy.ndarray], t
     folder = features(tmp_path / "x")
     for name, array in arrays.items():
         numpy.save(folder / f"{name}.npy", array, allow_pickle=True)
-    assert FeatureCache.what_changed(folder, {"weights": "x"}) is None
+    assert FeatureCache.if_whole(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -395,10 +399,11 @@ def test_places_of_pictures_lie_one_after_the_other(places: list[list[int]], tmp
     folder = features(tmp_path / "x")
     (folder / "pixels.bin").write_bytes(b"\0" * 6)
     numpy.save(folder / "keys.npy", numpy.arange(2))
+    numpy.save(folder / "stamps.npy", numpy.zeros(2, numpy.uint64))
     numpy.save(folder / "places.npy", numpy.array([[0, 3, 1, 1], [3, 3, 1, 1]]))
-    assert PictureCache.what_changed(folder, {"weights": "x"}) == []
+    assert PictureCache(folder).what_changed({"weights": "x"}) == []
     numpy.save(folder / "places.npy", numpy.array(places))
-    assert PictureCache.what_changed(folder, {"weights": "x"}) is None
+    assert PictureCache.if_whole(folder) is None
 
 
 # --- indexes of shards
