@@ -13,6 +13,7 @@ from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.columns import Columns
+from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.sources.table import TableSource, open_table
 from accel_clip.data.sources.table_files import READERS
 from accel_clip.data.text_files import decode_text, decodes, guess_encoding, require_text_encoding
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
 METADATA_FILES = tuple(f"metadata{suffix}" for suffix in READERS)
-PICTURE_SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
-        *(".heic", ".heif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".qoi"),
-    )
-)
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
 CAPTION_FILES_TO_LOOK_AT = 500
 

@@ -6,6 +6,7 @@ setting and no usual ending asks for are passed over, and one picture at a time 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,22 +20,27 @@ from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.decode import looks_like
 from accel_clip.data.sources.base import Pair, Streamed
 from accel_clip.data.sources.connections import Patience
+from accel_clip.data.sources.member_names import key_and_ending, stem_and_ending, words_named, words_of_endings
 from accel_clip.data.sources.remote import RemoteFile
 from accel_clip.data.sources.shard_names import find_addresses
 from accel_clip.data.sources.shard_texts import (
     LARGEST_PICTURE_BYTES,
+    PICTURE_EXTENSIONS,
     RECORD,
+    USUAL_TEXTS,
     SampleTexts,
     TextRule,
+    endings_named,
     picture_extensions,
     picture_too_large,
     require_texts,
     text_encodings,
     text_rules,
     text_too_large,
+    unread_in_words,
 )
 from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Archive, ForwardFile, Member, padded
-from accel_clip.data.sources.tar_index import COMPRESSED, key_and_extension
+from accel_clip.data.sources.tar_index import COMPRESSED
 from accel_clip.data.text_files import require_text_encoding
 from accel_clip.faults import DataError
 from accel_clip.redaction import masked
@@ -45,7 +51,7 @@ if TYPE_CHECKING:
 END = 1 << 62
 """the place behind everything in a shard: no member begins there"""
 NUM_SHARDS_TO_TRY = 3
-NUM_SAMPLES_TO_LOOK_AT = 20
+NUM_NAMES_TO_LOOK_AT = 20
 BYTES_TO_LOOK_AT = 1 << 26
 MOST_MEMBERS_FOR_A_SAMPLE = 100_000
 MOST_BYTES_FOR_A_SAMPLE = 1 << 34
@@ -102,6 +108,7 @@ class RemoteShards:
     """A stream of the pairs in tar shards at `addresses`.
 
     pictures: the extensions of pictures, the preferred first; what captions, or labels, need is read beside them.
+    words: those that belong to endings (see `member_names`).
     """
 
     def __init__(
@@ -112,10 +119,11 @@ class RemoteShards:
         captions: TextRule | None,
         labels: TextRule | None,
         encodings: tuple[str, ...],
+        words: frozenset[bytes],
         patience: Patience | None = None,
     ) -> None:
         self.name, self.addresses, self.num_shards = name, list(addresses), len(addresses)
-        self.pictures, self.caption_rule, self.label_rule = pictures, captions, labels
+        self.pictures, self.caption_rule, self.label_rule, self.words = pictures, captions, labels, words
         self.encodings, self.patience = encodings, patience or Patience()
         rules = [rule for rule in (captions, labels) if rule]
         self.text_extensions = {RECORD, *(word for rule in rules for word in rule.named or rule.usual_extensions)}
@@ -148,8 +156,9 @@ class RemoteShards:
     def samples(self, archive: Archive, address: str) -> Iterator[Gathered]:
         """Yield the samples of an archive that have a picture or a text; raises `UnusableSample` where it breaks."""
         limit = Limit(address)
-        named = ((key_and_extension(member.name), member) for member in limit.counted(archive.members()))
-        wanted = ((*names, member) for names, member in named if names and self.is_wanted(names[1]))
+        named = ((stem_and_ending(member.name), member) for member in limit.counted(archive.members()))
+        keyed = ((*key_and_ending(*names, self.words), member) for names, member in named if names)
+        wanted = (each for each in keyed if self.is_wanted(each[1]))
         for key, members in groupby(wanted, key=itemgetter(0)):
             gathered = Gathered(f"{address}/{key.decode(errors='backslashreplace')}")
             for _, extension, member in members:
@@ -239,31 +248,60 @@ def open_remote_shards(
     require_text_encoding(options.encoding)
     addresses, name = find_addresses(written), masked(written)
     encodings = text_encodings(options.encoding)
-    present, records = beginning_of(addresses, name, encodings, patience_at_start)
     captions, labels = text_rules(options)
     rule = captions or labels
     assert rule is not None
+    beginning = beginning_of(addresses, name, encodings, patience_at_start)
+    words = words_named(endings_named(rule, options.image_key)) | beginning.words()
+    counts, records = beginning.counts(words), beginning.records(words)
+    present = [ending for ending in counts if ending]
     pictures = picture_extensions(present, options.image_key, f"the beginning of {name}")
     require_texts(f"the beginning of {name}", rule, present, present, records)
-    return RemoteShards(name, addresses, pictures, captions, labels, encodings, patience)
+    unread = {
+        each: number for each, number in counts.items() if each not in {*pictures, *rule.extensions(present), RECORD}
+    }
+    if unread:
+        say(f"{name}: among the first {counts.total():,} members these are not read: {unread_in_words(unread)}")
+    return RemoteShards(name, addresses, pictures, captions, labels, encodings, words, patience)
 
 
-def beginning_of(
-    addresses: Sequence[str], name: str, encodings: tuple[str, ...], patience: Patience
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the extensions of the first samples and the objects in their .json members; raises `DataError`."""
+@dataclass
+class Beginning:
+    """The names of an archive's first members, in two parts, and what is in those that end with .json."""
+
+    names: list[tuple[bytes, str]] = field(default_factory=list)
+    objects: list[tuple[bytes, dict[str, Any]]] = field(default_factory=list)
+
+    def words(self) -> frozenset[bytes]:
+        """Return the words that belong to endings by these names."""
+        endings: dict[bytes, set[str]] = {}
+        for stem, ending in self.names:
+            endings.setdefault(stem, set()).add(ending)
+        return words_of_endings(endings, PICTURE_EXTENSIONS, USUAL_TEXTS)
+
+    def counts(self, words: frozenset[bytes]) -> Counter[str]:
+        """Return how many members have each ending."""
+        return Counter(key_and_ending(stem, ending, words)[1] for stem, ending in self.names)
+
+    def records(self, words: frozenset[bytes]) -> list[dict[str, Any]]:
+        """Return the objects in .json members, not those in `.syn.json` and the like."""
+        return [found for stem, found in self.objects if key_and_ending(stem, RECORD, words)[1] == RECORD]
+
+
+def beginning_of(addresses: Sequence[str], name: str, encodings: tuple[str, ...], patience: Patience) -> Beginning:
+    """Return what stands at the beginning of the first shard that can be read; raises `DataError`."""
     failures = []
     for address in addresses[:NUM_SHARDS_TO_TRY]:
         say(f"looking at the beginning of {address}")
         with RemoteFile(address, patience=patience) as file:
             archive = Archive(file)
             try:
-                present, records = look_at(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
+                beginning = look_at(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
                 problem = problem_of(archive, masked(address))
             except UnusableSample as failure:
-                present, problem = [], failure
-            if present or problem is None:
-                return present, records
+                beginning, problem = Beginning(), failure
+            if beginning.names or problem is None:
+                return beginning
             failures.append(f"{problem.path}: {problem.detail}")
             if not file.was_answered:
                 break
@@ -271,30 +309,29 @@ def beginning_of(
     raise DataError(f"{name} cannot be read, {tried} tried: {'; '.join(failures)}")
 
 
-def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the extensions of the first samples of an archive and the objects in their .json members.
+def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> Beginning:
+    """Return the names of an archive's first members and the objects in those that end with .json.
 
     Raises `UnusableSample` where the limit is reached before there is any.
     """
-    keys: set[bytes] = set()
-    present: dict[str, None] = {}
-    records: list[dict[str, Any]] = []
+    beginning, stems = Beginning(), set[bytes]()
     for member in limit.counted(archive.members()):
-        names = key_and_extension(member.name)
+        names = stem_and_ending(member.name)
         if names is None:
             continue
         limit.begin()
-        key, extension = names
-        keys.add(key)
-        if len(keys) > NUM_SAMPLES_TO_LOOK_AT:
+        stems.add(names[0])
+        if len(stems) > NUM_NAMES_TO_LOOK_AT:
             break
-        present[extension] = None
+        beginning.names.append(names)
         if archive.file.tell() + member.num_bytes > BYTES_TO_LOOK_AT:
             break
-        if extension == RECORD and member.num_bytes <= LARGEST_CAPTION_BYTES:
+        if names[1] == RECORD and member.num_bytes <= LARGEST_CAPTION_BYTES:
             content = archive.file.read(member.num_bytes)
             with suppress(UnusableSample):
-                records.append(SampleTexts([RECORD], {RECORD: content}.get, "", encodings).record())
-    if limit.problem and not present:
+                beginning.objects.append(
+                    (names[0], SampleTexts([RECORD], {RECORD: content}.get, "", encodings).record())
+                )
+    if limit.problem and not beginning.names:
         raise limit.problem
-    return list(present), records
+    return beginning

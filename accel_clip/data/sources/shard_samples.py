@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy
 
-from accel_clip.data.sources.tar_index import TarIndex
+from accel_clip.data.sources.member_names import key_and_ending
+from accel_clip.data.sources.tar_index import KEY_END, TarIndex
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,43 @@ class Samples:
     pictures: Places
     texts: dict[str, Places]
     """by extension"""
+
+
+def stems_of(index: TarIndex) -> Iterator[bytes]:
+    """Yield the keys of a shard's samples."""
+    start = 0
+    for end in index.key_ends.tolist():
+        yield index.keys[start:end]
+        start = end
+
+
+def endings_by_stem(index: TarIndex) -> dict[bytes, set[str]]:
+    """Return the endings of the members that each key has."""
+    found: dict[bytes, set[str]] = {stem: set() for stem in stems_of(index)}
+    by_number = list(found.values())
+    for sample, extension in zip(index.members["sample"].tolist(), index.members["extension"].tolist(), strict=True):
+        by_number[sample].add(index.extensions[extension])
+    return found
+
+
+def regrouped(index: TarIndex, words: Set[bytes]) -> TarIndex:
+    """Return an index whose endings have the words that belong to them, and whose samples have the shorter keys."""
+    stems = list(stems_of(index)) if words else []
+    shortened = [key_and_ending(stem, "", words) for stem in stems]
+    if all(not before_ending for _, before_ending in shortened):
+        return index
+    keys: dict[bytes, int] = {}
+    samples = numpy.array([keys.setdefault(key, len(keys)) for key, _ in shortened], "<u4")
+    befores = list(dict.fromkeys(before_ending for _, before_ending in shortened))
+    before = numpy.array([befores.index(before_ending) for _, before_ending in shortened])
+    members = index.members.copy()
+    pairs, numbers = numpy.unique(
+        numpy.stack([before[members["sample"]], members["extension"]], axis=1), axis=0, return_inverse=True
+    )
+    members["sample"], members["extension"] = samples[members["sample"]], numbers.reshape(-1)
+    extensions = tuple(f"{befores[first]}{index.extensions[last]}" for first, last in pairs.tolist())
+    key_ends = numpy.cumsum([len(key) for key in keys], dtype=KEY_END)
+    return replace(index, members=members, key_ends=key_ends, keys=b"".join(keys), extensions=extensions)
 
 
 def samples_of(index: TarIndex, pictures: Sequence[str], texts: Sequence[str]) -> Samples:

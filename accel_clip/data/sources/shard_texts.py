@@ -11,15 +11,17 @@ from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import caption_too_large, weighted
 from accel_clip.data.sources.cells import parts_of, storable
 from accel_clip.data.sources.columns import CAPTION_COLUMNS, LABEL_COLUMNS, usual_column
+from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.text_files import decode_text
 from accel_clip.faults import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
-PICTURE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+PICTURE_EXTENSIONS = tuple(sorted(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES))
 CAPTION_EXTENSIONS = ("txt",)
 LABEL_EXTENSIONS = ("cls", "label")
+USUAL_TEXTS = (*CAPTION_EXTENSIONS, *LABEL_EXTENSIONS)
 RECORD = "json"
 LARGEST_PICTURE_BYTES = 1 << 30
 MOST_NAMES_SHOWN = 20
@@ -131,6 +133,19 @@ def texts_in(value: Any) -> list[str]:
     """Return the texts in a JSON value: one, or those in a list; objects and what is no text have none."""
     parts = (part for part in parts_of(value) if isinstance(part, (str, int)) and not isinstance(part, bool))
     return [storable(str(part)) for part in parts]
+
+
+def endings_named(rule: TextRule, image_key: str | None) -> list[str]:
+    """Return the words of settings that may be endings of members."""
+    return [*rule.named, *([image_key.removeprefix(".")] if image_key else [])]
+
+
+def unread_in_words(counts: Mapping[str, int], num_spare: int = 0) -> str:
+    """Return how many members with each ending are not read, and how many whose sample has another of their kind."""
+    usual = sorted(counts, key=lambda ending: (-counts[ending], ending))
+    words = [f"{counts[ending]:,} {f'.{ending}' if ending else 'hidden or without an ending'}" for ending in usual]
+    spare = [f"{num_spare:,} whose sample has another picture, or another of that name"] if num_spare else []
+    return shown([*spare, *words])
 
 
 def picture_extensions(present: Sequence[str], image_key: str | None, name: str) -> tuple[str, ...]:

@@ -1,5 +1,8 @@
 """Pairs in tar shards, as WebDataset writes them: `17.jpg`, `17.txt` and `17.json` in one shard make a sample.
 
+What belongs together is seen in the names (see `member_names`); members that no sample uses are counted when shards are
+opened.
+
 Shards on a disk are indexed once and then map-style: shuffled over all of them, counted, resumed exactly. Only members
 with a usual ending, or one that a setting names, are ever read; none is unpickled or unpacked, and keys are no paths.
 """
@@ -8,7 +11,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,24 +24,30 @@ from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.sources.base import Pair
+from accel_clip.data.sources.member_names import words_named, words_of_endings
 from accel_clip.data.sources.shard_names import find_shards
 from accel_clip.data.sources.shard_reader import ShardReader
-from accel_clip.data.sources.shard_samples import Samples, joined, samples_of
+from accel_clip.data.sources.shard_samples import Samples, endings_by_stem, joined, regrouped, samples_of
 from accel_clip.data.sources.shard_texts import (
     LARGEST_PICTURE_BYTES,
+    PICTURE_EXTENSIONS,
     RECORD,
+    USUAL_TEXTS,
     SampleTexts,
     TextRule,
+    endings_named,
     picture_extensions,
     picture_too_large,
     require_texts,
     text_encodings,
     text_rules,
     text_too_large,
+    unread_in_words,
 )
 from accel_clip.data.sources.stamps import numbers_stamp
 from accel_clip.data.sources.tar_index import TarIndex, index_all
 from accel_clip.data.text_files import require_text_encoding
+from accel_clip.faults import DataError
 from accel_clip.run_state import Count
 from accel_clip.typed_json import WrongContent, read_json
 
@@ -45,6 +55,7 @@ if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
 NUM_RECORDS_TO_LOOK_AT = 20
+SHARDS_TO_LEARN_FROM = 16
 MOST_LINES = 10
 
 
@@ -100,7 +111,7 @@ class TarShards:
         return bisect_right(self.ends, index)
 
     def member_key(self, index: int) -> str:
-        """Return a sample's key in its shard: the path up to the first dot of the file name."""
+        """Return a sample's key in its shard: the path up to the ending."""
         start = int(self.samples.keys.offsets[index])
         return self.key_bytes[start : start + int(self.samples.keys.sizes[index])].decode(errors="backslashreplace")
 
@@ -137,12 +148,15 @@ def open_shards(written: str, options: SourceOptions) -> TarShards:
     """
     require_text_encoding(options.encoding)
     paths = find_shards(written)
-    indexes = index_all(paths, written, options.index_folder)
-    present = list(dict.fromkeys(extension for index in indexes for extension in index.extensions))
-    pictures = picture_extensions(present, options.image_key, written)
     captions, labels = text_rules(options)
-    texts = [word for rule in (captions, labels) if rule for word in rule.extensions(present)]
-    parts = [samples_of(index, pictures, [*texts, RECORD]) for index in indexes]
+    rule = captions or labels
+    assert rule is not None
+    kept = index_all(paths, written, options.index_folder)
+    indexes = with_whole_endings(kept, endings_named(rule, options.image_key))
+    present = list(dict.fromkeys(extension for index in indexes for extension in index.extensions if extension))
+    pictures = picture_extensions(present, options.image_key, written)
+    texts = [*rule.extensions(present), RECORD]
+    parts = [samples_of(index, pictures, texts) for index in indexes]
     source = TarShards(
         name=written,
         reader=ShardReader(paths, [index.num_bytes for index in indexes], [index.mtime_ns for index in indexes]),
@@ -154,10 +168,21 @@ def open_shards(written: str, options: SourceOptions) -> TarShards:
         encodings=text_encodings(options.encoding),
     )
     say_what_is_lost(paths, indexes, [len(part.keys.sizes) for part in parts])
-    rule = captions or labels
-    assert rule is not None
+    say_what_is_not_read(written, indexes, source.samples, {*pictures, *texts})
     require_texts(written, rule, present, source.samples.texts, some_records(source))
+    require_common_names(source)
     return source
+
+
+def with_whole_endings(indexes: Sequence[TarIndex], named: Iterable[str]) -> list[TarIndex]:
+    """Return indexes in which samples are what `member_names` takes for one, by the names in some of the shards.
+
+    named: the endings that settings name.
+    """
+    words = words_named(named)
+    for index in indexes[:: len(indexes) // SHARDS_TO_LEARN_FROM + 1]:
+        words |= words_of_endings(endings_by_stem(index), PICTURE_EXTENSIONS, USUAL_TEXTS)
+    return [regrouped(index, words) for index in indexes]
 
 
 def names_from_common_folder(paths: Sequence[str]) -> list[str]:
@@ -175,6 +200,33 @@ def some_records(source: TarShards) -> Iterator[dict[str, Any]]:
             yield source.texts(int(index)).record()
         except UnusableSample:
             continue
+
+
+def require_common_names(source: TarShards) -> None:
+    """Raise `DataError` for shards with pictures and with texts of which no two have one name."""
+    pictures = source.samples.pictures.offsets >= 0
+    texts = numpy.zeros_like(pictures)
+    for places in source.samples.texts.values():
+        texts |= places.offsets >= 0
+    if pictures.any() and texts.any() and not (pictures & texts).any():
+        names = source.member_key(int(pictures.argmax())), source.member_key(int(texts.argmax()))
+        raise DataError(
+            f"{source.name}: no text has the name of a picture (a picture is called {names[0]}, a text {names[1]}), "
+            "and names, folders included, say what belongs together: pack them as 17.jpg and 17.txt"
+        )
+
+
+def say_what_is_not_read(name: str, indexes: Sequence[TarIndex], samples: Samples, read: Collection[str]) -> None:
+    """Say how many members no sample uses: by their endings, and those whose sample has another of their kind."""
+    counts = Counter[str]()
+    for index in indexes:
+        numbers = numpy.bincount(index.members["extension"], minlength=len(index.extensions)).tolist()
+        counts.update(dict(zip(index.extensions, numbers, strict=True)))
+    used = [samples.pictures, *samples.texts.values()]
+    num_spare = sum(counts[each] for each in read) - sum(int((places.offsets >= 0).sum()) for places in used)
+    unread = Counter({each: number for each, number in counts.items() if each not in read})
+    if unread or num_spare:
+        console.say(f"{name}: of {counts.total():,} members these are not read: {unread_in_words(unread, num_spare)}")
 
 
 def say_what_is_lost(paths: Sequence[Path], indexes: Sequence[TarIndex], num_samples: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """Where the members of a tar shard lie, kept in a small file so that the shard is gone through once.
 
-1. One pass over the headers lists the members; those with one key (the path up to the first dot of the file name, as
-   in WebDataset) make a sample, in whatever order they stand in the shard.
+1. One pass over the headers lists the members; those with one name up to its last dot belong together, in whatever
+   order they stand in the shard. Which of several dots begins the ending is seen later, in all shards (`member_names`).
 2. The index is kept beside the shard, or in the user's cache where that folder takes no files: a line of JSON, then
    plain arrays. It counts as long as the shard has the size and the time of change that it names.
 
@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy
 
 from accel_clip import console
+from accel_clip.data.sources.member_names import stem_and_ending
 from accel_clip.data.sources.tar_headers import BLOCK_BYTES, Member, list_members
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.whole import write_bytes
@@ -30,15 +30,13 @@ from accel_clip.run_state import Count
 from accel_clip.typed_json import WrongContent, parse_json, read_bytes
 
 FORMAT = "accel-clip tar index"
-VERSION = 1
+VERSION = 2
 MARK = f'{{"format": "{FORMAT}"'.encode()  # what an index begins with
 SIDE_FILE_SUFFIX = ".accel-clip-index"
 BUFFER_BYTES = 1 << 16
 HEAD_BYTES = 1 << 20  # an index is smaller than its shard, but for its first line
 MEMBER = numpy.dtype([("sample", "<u4"), ("extension", "<u4"), ("offset", "<i8"), ("size", "<i8")])
 KEY_END = numpy.dtype("<u4")
-KEY_AND_EXTENSION = re.compile(rb"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-META = re.compile(rb"__[^/]*__(/|$)")  # what WebDataset notes about a shard itself
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 
@@ -56,7 +54,7 @@ class TarIndex:
     """uint32 [N]: where each sample's key ends in `keys`"""
     keys: bytes
     extensions: tuple[str, ...]
-    """in lower case, without the dot before them"""
+    """in lower case, without the dot before them; empty for hidden files and those without an ending"""
     problem: str | None
     """what is wrong with the shard's end"""
 
@@ -107,12 +105,12 @@ def build_index(path: Path) -> TarIndex:
 
 
 def group(members: Sequence[Member], num_bytes: int, mtime_ns: int, problem: str | None) -> TarIndex:
-    """Return members grouped by key; those without an extension belong to no sample."""
+    """Return members grouped by their names up to the last dot."""
     samples: dict[bytes, int] = {}
     extensions: dict[str, int] = {}
     rows = []
     for member in members:
-        names = key_and_extension(member.name)
+        names = stem_and_ending(member.name)
         if names is None:
             continue
         key, extension = names
@@ -121,14 +119,6 @@ def group(members: Sequence[Member], num_bytes: int, mtime_ns: int, problem: str
     key_ends = numpy.cumsum([len(key) for key in samples], dtype=KEY_END)
     table = numpy.array(rows, MEMBER)
     return TarIndex(num_bytes, mtime_ns, table, key_ends, b"".join(samples), tuple(extensions), problem)
-
-
-def key_and_extension(name: bytes) -> tuple[bytes, str] | None:
-    """Return the key of a member's sample and the extension in lower case, None for what belongs to no sample."""
-    match = KEY_AND_EXTENSION.fullmatch(name)
-    if match is None or META.match(name):
-        return None
-    return match[1], match[2].decode(errors="backslashreplace").lower()
 
 
 def load_index(path: Path, folder: Path | None = None) -> TarIndex | None:
