@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
+import struct
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,7 +17,7 @@ from random import Random
 import numpy
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 from torchvision.transforms import RandomResizedCrop
 
 from accel_clip.data.augmentation import cut, pixels_of, random_box, resized, smallest_box, training_scale
@@ -101,11 +104,178 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
         (numpy.array([[-5, 500_000, 1_000_005]], dtype=numpy.int32), [0, 127, 255]),
         (numpy.array([[numpy.nan, 1.0, 0.0]], dtype=numpy.float32), [0, 255, 0]),
         (numpy.array([[-7, -7, -7]], dtype=numpy.int32), [0, 0, 0]),
+        (numpy.array([[0, 1000, 4095]], dtype=numpy.int32), [0, 62, 255]),
+        (numpy.array([[0.0, 1000.5, 4000.0]], dtype=numpy.float32), [0, 62, 249]),
+        (numpy.array([[0.0, numpy.inf, 0.5]], dtype=numpy.float32), [0, 255, 128]),
     ],
 )
 def test_values_without_a_known_span_use_the_smallest_that_holds_them(values, expected):
     decoded = numpy.asarray(decode_picture(encoded(Image.fromarray(values), "TIFF"), MAX_PIXELS))
     assert numpy.allclose(decoded[0, :, 0], expected, atol=1)
+
+
+def deep_png(values: numpy.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG with 16 bits a value, uint16 [H, W, channels], and further chunks; Pillow writes only grey ones."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in parts
+    )
+
+
+def deep_tiff(values: numpy.ndarray, order: str) -> bytes:
+    """Return a TIFF with 16 bits a value, uint16 [H, W, channels], in one strip; order: of bytes, < or >."""
+    height, width, channels = values.shape
+    content = values.astype(f"{order}u2").tobytes()
+    entries = [
+        *((256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 8), (259, 3, 1, 1)),
+        *((262, 3, 1, 1 if channels == 1 else 2), (273, 4, 1, 16), (277, 3, 1, channels), (278, 4, 1, height)),
+        (279, 4, 1, len(content)),
+    ]
+    table = struct.pack(f"{order}H", len(entries))
+    for tag, kind, count, value in entries:
+        if kind == 3 and count == 1:
+            table += struct.pack(f"{order}HHIHH", tag, kind, count, 16 if tag == 258 else value, 0)
+        else:
+            table += struct.pack(f"{order}HHII", tag, kind, count, value)
+    depths = struct.pack(f"{order}4H", 16, 16, 16, 16)
+    start = 16 + len(content)
+    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", start) + depths + content + table + bytes(4)
+
+
+def random_values(bits: int, channels: int) -> numpy.ndarray:
+    values = numpy.random.default_rng(bits).integers(0, 2**bits, (13, 17, channels)).astype(numpy.uint16)
+    values[0, 0] = 2**bits - 1
+    return values
+
+
+def composed(values: numpy.ndarray, white: int) -> numpy.ndarray:
+    """Return what values [H, W, channels] look like on white, [H, W, 3] from 0 to 255."""
+    scaled = values.astype(numpy.float64) / white
+    colours, alpha = (scaled[..., :1], scaled[..., 1:]) if values.shape[2] < 3 else (scaled[..., :3], scaled[..., 3:])
+    shown = colours * alpha + (1 - alpha) if alpha.size else colours
+    return 255 * numpy.broadcast_to(shown, (*shown.shape[:2], 3))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize(
+    "channels, form",
+    [
+        *((channels, "png") for channels in (1, 2, 3, 4)),
+        *((channels, f"tiff {order}") for channels in (1, 3) for order in "<>"),
+    ],
+)
+def test_values_of_fewer_bits_than_they_are_stored_in_keep_their_steps(channels, form, bits):
+    values = random_values(bits, channels)
+    content = deep_png(values) if form == "png" else deep_tiff(values, form[-1])
+    expected = composed(values, 2**bits - 1)
+    decoded = numpy.asarray(decode_picture(content, MAX_PIXELS)).astype(float)
+    assert numpy.abs(decoded - expected).max() <= (2 if channels in (2, 4) else 1)
+    assert (numpy.asarray(decode_small(content, MAX_PIXELS, lambda *_: 1)) == decoded).all()
+
+
+@pytest.mark.parametrize(
+    "significant, values, white",
+    [
+        (12, [0, 100, 901], 4095),  # dark, and not 10 bits
+        (16, [0, 100, 901], 65535),  # dark indeed
+        (12, [0, 160, 3200], 65535),  # spread over 16 bits, as the format asks for: their last four are empty
+        (12, [0, 0x0AA0, 0xFFFF], 65535),
+        (14, [0, 5, 60_000], 65535),  # more than it says
+        (8, [0, 5, 201], 255),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_that_says_how_many_bits_are_significant_is_believed(significant, values, white, channels):
+    deep = numpy.repeat(numpy.array([values], numpy.uint16)[..., None], channels, axis=2)
+    content = deep_png(deep, (b"sBIT", bytes([significant] * channels)))
+    decoded = numpy.asarray(decode_picture(content, MAX_PIXELS)).astype(float)
+    assert numpy.abs(decoded - composed(deep, white)).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_value_is_white_and_decides_nothing(channels):
+    values = random_values(12, channels)
+    values[3, 4] = 65535
+    decoded = numpy.asarray(decode_picture(deep_png(values, (b"tRNS", b"\xff\xff" * channels)), MAX_PIXELS)).astype(
+        float
+    )
+    values[3, 4] = 4095
+    assert numpy.abs(decoded - composed(values, 4095)).max() <= 1
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_texts_and_profiles_do_not_cost_the_picture_its_pixels(name, place, tmp_path):
+    long_text = zlib.compress(bytes(3 << 20))
+    content = {
+        b"tEXt": b"parameters\0" + b"x" * (70 << 20),
+        b"zTXt": b"parameters\0\0" + long_text,
+        b"iTXt": b"workflow\0\1\0\0\0" + long_text,
+        b"iCCP": b"profile\0\0" + long_text,
+    }[name]
+    image = Image.effect_noise((20, 10), 60)
+    plain = encoded(image)
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    pixels = plain.index(b"IDAT") - 4 if place == "before" else plain.index(b"IEND") - 4
+    file = tmp_path / "x.png"
+    file.write_bytes(plain[:pixels] + chunk + plain[pixels:])
+    for form in (file, file.read_bytes()):
+        assert (numpy.asarray(decode_picture(form, MAX_PIXELS)) == numpy.asarray(image.convert("RGB"))).all()
+        assert decode_small(form, MAX_PIXELS, lambda *_: 1).size == (20, 10)
+
+
+def test_orientation_and_colours_outlast_texts_that_are_dropped():
+    image = Image.new("P", (20, 10), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    plain = encoded(image, exif=exif)
+    broken = b"\0\0\0\3tEXta\0b" + bytes(4)  # its checksum is wrong
+    place = plain.index(b"IDAT") - 4
+    decoded = decode_picture(plain[:place] + broken + plain[place:], MAX_PIXELS)
+    assert decoded.size == (10, 20) and decoded.getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_a_broken_png_stays_one_without_its_texts():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b")
+    whole = encoded(Image.effect_noise((60, 60), 60), pnginfo=text)
+    assert problem_of(whole[: len(whole) // 2]).reason == "unreadable"
+    damaged = bytearray(whole)
+    damaged[whole.index(b"IDAT") + 40] ^= 0xFF
+    assert problem_of(bytes(damaged)).reason == "unreadable"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_what_follows_the_end_of_a_picture_is_left_alone(kind):
+    content = encoded(Image.effect_noise((20, 10), 60), kind)
+    assert (
+        decode_picture(content + b"garbage" * 1000, MAX_PIXELS).tobytes()
+        == decode_picture(content, MAX_PIXELS).tobytes()
+    )
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
+def test_pictures_of_phones_name_what_reads_them(brand):
+    content = b"\0\0\0\x18ftyp" + brand + bytes(8) + b"mif1heic" + bytes(100)
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert "pip install pillow-heif" in problem_of(content).detail
+    else:
+        assert problem_of(content).reason == "unreadable"
+
+
+def test_pictures_of_phones_are_read_where_their_decoder_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    image = Image.linear_gradient("L").convert("RGB")
+    image.save(tmp_path / "x.heic", quality=95)
+    for form in (tmp_path / "x.heic", (tmp_path / "x.heic").read_bytes()):
+        decoded = decode_small(form, MAX_PIXELS, lambda *_: 1)
+        assert numpy.abs(numpy.asarray(decoded).astype(int) - numpy.asarray(image)).max() < 12
+    assert problem_of(tmp_path / "x.heic", max_pixels=100).reason == "too_large"
 
 
 def test_cmyk_jpeg_keeps_its_colours():

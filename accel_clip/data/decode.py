@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
 import stat
@@ -11,10 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.deep import load_8_bit
+from accel_clip.data.png import without_metadata
 
 ScaleFor = Callable[[int, int, float], int]
 """from width, height and how many times the pixels needed must be left, in each direction, to 1, 2, 4 or 8: the most
@@ -23,6 +25,10 @@ that the picture's sides can be divided by"""
 Image.preinit()  # the usual formats: they are tried first
 Image.init()  # and all others that Pillow has, so that `readable_formats` knows them
 
+with contextlib.suppress(ImportError):  # HEIC, the pictures of phones: its decoder is no part of Pillow
+    importlib.import_module("pillow_heif").register_heif_opener()
+
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to an interpreter of programs (Ghostscript): not for pictures of others
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 TURNS = {  # by EXIF orientation, which says where the first stored row and column belong
@@ -41,7 +47,6 @@ LYING = (
 WITH_SMALLER_COPIES = ("JPEG", "MPO")  # their decoder gives 1/2, 1/4 or 1/8 of the size for much less work
 SPARE_WHEN_AVERAGED = 2.0
 BYTES_AT_ONCE = 1 << 20  # Pillow's 64 KiB cost a tenth of the time of a large JPEG: its decoder stops at each end
-DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 DECODING_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError),
     *(ArithmeticError, struct.error, RuntimeError, MemoryError),
@@ -55,9 +60,13 @@ def decode_picture(image: Image.Image | bytes | Path, max_pixels: float) -> Imag
     Raises `UnusableSample` with the reason `unreadable`, `too_large` (seen in the header, before any pixel is decoded)
     or `missing_file`.
     """
+    return despite_metadata(image, lambda source: decode_whole(source, max_pixels))
+
+
+def decode_whole(image: Image.Image | bytes | Path, max_pixels: float) -> Image.Image:
+    """Return a picture as `decode_picture` does, unless something beside its pixels is wrong."""
     with readable(image, max_pixels) as picture:
-        picture.load()
-        decoded = to_rgb(turned(picture, turn_of(picture)))
+        decoded = upright(picture)
         decoded.info = {}  # an orientation that is left in there would be applied again
         return decoded
 
@@ -69,16 +78,41 @@ def decode_small(image: Image.Image | bytes | Path, max_pixels: float, scale_for
     averaged after decoding, which spares what comes then work and room; with twice the pixels left in each direction
     this is hardly seen (Pillow's `reducing_gap`). Raises `UnusableSample` as `decode_picture` does.
     """
+    return despite_metadata(image, lambda source: decode_reduced(source, max_pixels, scale_for))
+
+
+def decode_reduced(image: Image.Image | bytes | Path, max_pixels: float, scale_for: ScaleFor) -> Image.Image:
+    """Return a picture as `decode_small` does, unless something beside its pixels is wrong."""
     with readable(image, max_pixels) as picture:
         if picture is image or picture.format not in WITH_SMALLER_COPIES:
-            picture.load()
-            decoded = to_rgb(turned(picture, turn_of(picture)))
+            decoded = upright(picture)
             scale = scale_for(decoded.width, decoded.height, SPARE_WHEN_AVERAGED)
             return decoded.reduce(scale) if scale > 1 else decoded
         turn = turn_of(picture)
         width, height = reversed(picture.size) if turn in LYING else picture.size
         load_small(picture, scale_for(width, height, 1))
         return to_rgb(turned(picture, turn))
+
+
+def despite_metadata(
+    image: Image.Image | bytes | Path, decode: Callable[[Image.Image | bytes | Path], Image.Image]
+) -> Image.Image:
+    """Return what decoding gives; a PNG that fails is tried once more without texts and profiles, which may be why."""
+    try:
+        return decode(image)
+    except UnusableSample as problem:
+        lean = None if isinstance(image, Image.Image) or problem.reason != "unreadable" else without_metadata(image)
+        if lean is None:
+            raise
+        with contextlib.suppress(UnusableSample):
+            return decode(lean)
+        raise
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Load a picture and return it in mode RGB, turned as its EXIF orientation says."""
+    shallow = load_8_bit(picture)
+    return to_rgb(turned(shallow, turn_of(picture)))
 
 
 def load_small(picture: Image.Image, scale: int) -> None:
@@ -165,6 +199,8 @@ def looks_like(image: Image.Image | bytes | Path) -> str:
     head = head.lstrip().lower()
     if not head:
         return " (it is empty)"
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and "HEIF" not in Image.ID:
+        return " (it is HEIC: pip install pillow-heif makes Pillow read it)"
     if head.startswith((b"<!doctype html", b"<html")):
         return " (it is a web page)"
     return " (it is a Git LFS pointer: run git lfs pull)" if head.startswith(b"version https://git-lfs") else ""
@@ -187,37 +223,9 @@ def turned(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return the picture in mode RGB: white where it is transparent, more than 8 bits scaled to 8."""
-    if picture.mode in DEEP_GREY:
-        picture = to_8_bit(picture)
+    """Return the picture in mode RGB, white where it is transparent."""
     if picture.mode in WITH_ALPHA or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return picture.convert("RGB")
-
-
-def to_8_bit(picture: Image.Image) -> Image.Image:
-    """Return deep grey as 8-bit grey, or grey with alpha where one value stands for transparent.
-
-    16-bit modes span 0 to 65535. The modes I and F do not say what they span: it is the first of 0…1 (F only), 0…255
-    and 0…65535 that holds every value, else the span of the values themselves.
-    """
-    values = numpy.nan_to_num(numpy.asarray(picture).astype(numpy.float64))
-    low, high = span(values, picture.mode)
-    grey = Image.fromarray(numpy.rint((values - low) * (255 / (high - low))).astype(numpy.uint8))
-    transparent = picture.info.get("transparency")
-    if isinstance(transparent, int):
-        grey.putalpha(Image.fromarray(numpy.where(values == transparent, 0, 255).astype(numpy.uint8)))
-    return grey
-
-
-def span(values: numpy.ndarray, mode: str) -> tuple[float, float]:
-    """Return the values that stand for black and white."""
-    if mode.startswith("I;16"):
-        return 0, 65535
-    low, high = float(values.min()), float(values.max())
-    for limit in (1, 255, 65535) if mode == "F" else (255, 65535):
-        if low >= 0 and high <= limit:
-            return 0, limit
-    return low, max(high, low + 1)
