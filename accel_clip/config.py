@@ -72,8 +72,8 @@ class DataConfig:
     """Data: where the pairs come from and how they reach the model."""
 
     train: list[str | SourceConfig] = field(default_factory=lambda: ["demo"])
-    """one source or a list; an item is a string (a table .csv .tsv .jsonl .parquet, a folder, hf:org/name[:split],
-    a saved dataset, demo, demo:pairs) or {source, image_key, caption_key, image_root, weight}"""
+    """one source or a list; an item is a string (a table .csv .tsv .jsonl .parquet, a folder, a saved dataset,
+    hf:org/name[:config][:split], demo, demo:pairs) or {source, image_key, caption_key, image_root, weight}"""
     val: list[str | SourceConfig] | None = None
     """held-out source(s), written like data.train but without weights; null = a part of data.train is held out"""
     val_fraction: Share = 0.05

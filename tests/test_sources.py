@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -22,9 +23,9 @@ from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.decode import decode_picture
 from accel_clip.data.sources import resolve, table, table_files
-from accel_clip.data.sources.base import SOURCES, Pair
+from accel_clip.data.sources.base import SOURCES, Pair, Stream
 from accel_clip.data.sources.combine import Concatenated, Subset, origin, split_held_out
-from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
+from accel_clip.data.sources.resolve import locate, open_item, open_labelled, open_source, open_sources
 from accel_clip.data.text_files import read_text
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.randomness import fraction_of
@@ -674,6 +675,50 @@ def test_datasets_by_hf_from_a_folder(tmp_path):
     assert captions(opened(f"hf:{folder}:train[:2]")) == [("a frog",), ("an owl",)]
     with pytest.raises(DataError, match=r"hf:.*name:none cannot be loaded: .*train.*test"):
         opened(f"hf:{folder}:none")
+
+
+def write_configurations(folder: Path, names: Sequence[str]) -> Path:
+    """Write a dataset in which every configuration has the splits train and test, with one row each."""
+    lines = ["---", "configs:"]
+    for name in names:
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split in ("train", "test"):
+            write(folder / name / f"{split}.csv", f"image,caption\na.png,{name} {split}\n")
+            lines += [f"  - split: {split}", f"    path: {name}/{split}.csv"]
+    write(folder / "README.md", "\n".join([*lines, "---", ""]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_one_of_several_configurations_is_chosen_by_its_name(kind, tmp_path):
+    names = ["en", "de", "test", *(f"wiki.{number}" for number in range(30))]
+    folder = write_configurations(tmp_path / "set", names)
+
+    def caption(words: str) -> str:
+        source = open_item(f"{kind}:{folder}{words}", DataConfig())
+        pair = next(iter(source.read(0, 0))).pair if isinstance(source, Stream) else source[0]
+        return pair.captions[0]
+
+    assert caption(":de") == "de train" and caption(":de:test") == "de test"
+    assert caption(":wiki.29:train") == "wiki.29 train"
+    assert caption(":test") == "test train" and caption(":test:test") == "test test"
+    if kind == "hf":
+        assert caption(":en:test[:1]") == "en test"
+    for words in ("", ":train", ":none", ":none:test"):
+        with pytest.raises(DataError, match=rf"^{kind}:.*{', '.join(names)}: name one, as {kind}:\S+set:en,[^\n]*$"):
+            caption(words)
+    with pytest.raises(DataError, match=r"set:de:none cannot be loaded: .*train.*test"):
+        caption(":de:none")
+
+
+def test_splits_of_a_saved_dataset_by_hf(tmp_path):
+    parts = {"train": small_dataset(), "test": small_dataset().select([1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    check_small(opened(f"hf:{tmp_path}/saved"))
+    check_small(opened(f"hf:{tmp_path}/saved:train"))
+    assert captions(opened(f"hf:{tmp_path}/saved:test")) == [("an owl",)]
+    with pytest.raises(DataError, match=r"has the splits test, train, and no 'none'"):
+        opened(f"hf:{tmp_path}/saved:none")
 
 
 def test_picture_folders_by_hf_stay_inside(tmp_path):

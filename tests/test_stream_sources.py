@@ -669,7 +669,7 @@ def test_datasets_that_cannot_be_streamed_stop_the_start(tmp_path, monkeypatch):
         (f"{tmp_path}/empty", "cannot be loaded"),
         (f"{tmp_path}/saved", "the saved dataset cannot be loaded"),
         ("pandas", "reader of pickled tables"),
-        ("org/none", "hf-stream:org/none cannot be loaded"),
+        ("org/none", "hf-stream:org/none:train cannot be loaded"),
         ("", "names no dataset"),
     ):
         with pytest.raises(DataError, match=pattern) as caught:

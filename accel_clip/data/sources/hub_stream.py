@@ -16,16 +16,17 @@ from accel_clip.data.sources.base import SOURCES, Pair, Stream, Streamed
 from accel_clip.data.sources.columns import Columns
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.hub import (
-    DEFAULT_SPLIT,
-    NAME_AND_SPLIT,
+    Chosen,
     cache_folder,
     first_line,
+    load_meant,
     load_saved,
+    parsed,
     refuse_unpickling,
+    saved_folder,
 )
 from accel_clip.data.sources.numbers import numbers_of
 from accel_clip.data.sources.remote import WORTH_ANOTHER_ATTEMPT
-from accel_clip.data.sources.resolve import SAVED_DATASET_FILES
 from accel_clip.data.sources.table import TableSource, source_over
 from accel_clip.faults import DataError
 from accel_clip.network import go_offline_without_hub
@@ -115,20 +116,16 @@ class HubStream:
 
 @SOURCES.register("hf-stream")
 def open_hub_stream(argument: str, options: SourceOptions) -> Stream:
-    """A dataset of the Hugging Face Hub that is read from the network in training: hf-stream:org/name[:split]."""
-    match = NAME_AND_SPLIT.fullmatch(argument)
-    if match is None:
-        raise DataError(
-            f"'hf-stream:{argument}' names no dataset: write hf-stream:org/name or hf-stream:org/name:split"
-        )
-    name, folder = f"hf-stream:{argument}", Path(match["name"]).expanduser()
-    split_folder = folder / (match["split"] or "")
-    if any((split_folder / file).is_file() for file in SAVED_DATASET_FILES):
-        return stream_of(cut_saved(split_folder, name), name, split_folder, options)
+    """A dataset of the Hugging Face Hub, read from the network in training: hf-stream:org/name[:config][:split]."""
+    chosen = parsed(argument, "hf-stream")
+    name, folder = f"hf-stream:{argument}", Path(chosen.name).expanduser()
+    saved = saved_folder(chosen)
+    if saved is not None:
+        return stream_of(cut_saved(saved, name), name, saved, options)
     is_local = folder.is_dir()
     if not is_local:
         go_offline_without_hub()
-    dataset = load_stream(str(folder) if is_local else match["name"], match["split"] or DEFAULT_SPLIT, name)
+    dataset = load_stream(chosen, str(folder) if is_local else chosen.name)
     return stream_of(dataset, name, folder if is_local else cache_folder(), options)
 
 
@@ -140,15 +137,15 @@ def cut_saved(folder: Path, name: str) -> IterableDataset:
     return dataset.to_iterable_dataset(num_shards=min(MOST_SHARDS_OF_SAVED, len(dataset)))
 
 
-def load_stream(path: str, split: str, name: str) -> IterableDataset:
+def load_stream(chosen: Chosen, path: str) -> IterableDataset:
     """Return a split of a dataset, of which nothing is downloaded yet; raises `DataError` in one line."""
     from datasets import load_dataset
 
     refuse_unpickling(path)
     try:
-        return load_dataset(path, split=split, streaming=True)
+        return load_meant(chosen, path, lambda config, split: load_dataset(path, config, split=split, streaming=True))
     except of_either() as error:
-        raise DataError(f"{name} cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{chosen} cannot be loaded: {first_line(error)}") from error
 
 
 def stream_of(dataset: IterableDataset, name: str, folder: Path, options: SourceOptions) -> HubStream:

@@ -32,8 +32,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 FORMS = (
     f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar or "
-    "https://host/{0000..0041}.tar, a folder of pictures, a saved dataset, hf:org/name[:split], "
-    "hf-stream:org/name[:split], demo, or name:argument of a registered source"
+    "https://host/{0000..0041}.tar, a folder of pictures, a saved dataset, hf:org/name[:config][:split], "
+    "hf-stream:org/name[:config][:split], demo, or name:argument of a registered source"
 )
 
 
