@@ -22,8 +22,8 @@ from web import served
 from accel_clip import cli
 
 KEYS = {
-    "run": "output_dir goes_on device num_processes precision num_pairs num_held_out batch_size accumulate "
-    "steps_per_epoch num_epochs num_steps num_warmup_steps steps_between_evaluations starting_loss",
+    "run": "output_dir goes_on device num_processes precision num_pairs num_held_out num_held_out_trained batch_size "
+    "accumulate steps_per_epoch num_epochs num_steps num_warmup_steps steps_between_evaluations starting_loss",
     "model": "name num_parameters num_trained image_size context_length micro_batch_size num_micro_batches "
     "graphs_kept weights_bytes optimizer_bytes graph_bytes free_bytes",
     "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
@@ -277,6 +277,18 @@ def test_bad_starting_points_are_warned_of(tmp_path: Path, check: Checker) -> No
     assert sum(report["model"]["num_parameters"].values()) == sum(each.numel() for each in clip.parameters())
     assert report["model"]["num_trained"] == {"image": 0, "text": 0, "other": 1}
     assert not [each for each in check.report("--train.batch_size", "32")["warnings"] if "eval" in each or "lr" in each]
+
+
+def test_held_out_pairs_that_are_few_or_trained_on_are_told(tmp_path: Path, check: Checker) -> None:
+    table = planted_table(tmp_path)
+    words = ("--data.train", table, "--data.max_bad_fraction", "0.9", "--train.batch_size", "2", "--seconds", "0")
+    report = check.report(*words, "--data.val", table)
+    assert report["run"]["num_held_out_trained"] == report["run"]["num_held_out"] == 60
+    assert any("60 of its 60 pairs show pictures that are trained on" in each for each in report["warnings"])
+    assert not any("say little" in each for each in report["warnings"])
+    report = check.report(*words, "--data.val_fraction", "0.1")
+    assert report["run"]["num_held_out_trained"] == 0
+    assert any("below 32 loss and recall say little" in each for each in report["warnings"])
 
 
 def test_decoded_pictures_that_are_kept_count_on_the_disk_where_they_fit(tmp_path: Path, check: Checker) -> None:

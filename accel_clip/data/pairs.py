@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
+from accel_clip.console import say
+from accel_clip.data.held_out import shared_in_words
+from accel_clip.data.overlap import num_shown_in_training
 from accel_clip.data.sources.base import HasHeldOut, Source, Stream
 from accel_clip.data.sources.combine import split_held_out
 from accel_clip.data.sources.resolve import as_one, open_item, open_sources, require_columns
@@ -18,7 +21,7 @@ class Opened:
 
     source: the sources to train on that know their pairs, as one, None without any; weights: of each of these, None
     where they are shown one after the other; streams, with a weight each, and source_weight, that of all sources beside
-    them; held_out: what the run is measured on.
+    them; held_out: what the run is measured on; num_shared: how many pairs of `data.val` show pictures of `source`.
     """
 
     source: Source | None
@@ -26,6 +29,7 @@ class Opened:
     source_weight: float
     streams: list[tuple[Stream, float]]
     held_out: Source | None
+    num_shared: int = 0
 
 
 def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None) -> Opened:
@@ -40,14 +44,17 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: P
     streams = [(item, weight) for item, weight in weighted if isinstance(item, Stream)]
     sources = [(item, weight) for item, weight in weighted if not isinstance(item, Stream)]
     source = as_one([item for item, _ in sources]) if sources else None
-    held_out = None
+    held_out, num_shared = None, 0
     if data.val is not None:
         held_out = open_held_out(data.val, data, index_folder)
+        num_shared = 0 if source is None else num_shown_in_training(source, held_out)
     elif source is not None:
         source, held_out = split_held_out(source, data.val_fraction)
     of_sources = [weight for _, weight in sources]
     are_mixed = data.source_weights is not None and len(sources) > 1
-    return Opened(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out)
+    if num_shared and held_out is not None:
+        say(f"warning: {shared_in_words(num_shared, len(held_out))}")
+    return Opened(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out, num_shared)
 
 
 def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig, index_folder: Path | None = None) -> Source:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample, by_reason
 from accel_clip.data.captions import require_size
+from accel_clip.data.held_out import FEW_PAIRS, few_in_words
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.losses.base import Loss, total
@@ -81,6 +82,8 @@ def read_held_out(source: Source) -> HeldOutPairs:
         raise DataError(f"data.val: no pair of {source.name} can be used ({by_reason(left_out)}): nothing is evaluated")
     counts = f"{len(rows)} pairs, {len(images)} pictures, {len(texts)} captions"
     say(f"validation on {source.name}: {counts}{f'; left out: {by_reason(left_out)}' if left_out else ''}")
+    if len(rows) < FEW_PAIRS:
+        say(f"warning: {few_in_words(len(rows))}")
     return HeldOutPairs(
         source, indices, list(texts), *torch.tensor(list(pairs)).unbind(1), *torch.tensor(rows).unbind(1)
     )

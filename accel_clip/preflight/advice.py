@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from accel_clip.config import GIB, Config
+from accel_clip.data.held_out import FEW_PAIRS, few_in_words, shared_in_words
 from accel_clip.preflight.facts import DataFacts, DiskFacts, ModelFacts, RunFacts, SpeedFacts
 
 FEW_STEPS = 100
@@ -28,7 +29,7 @@ def warnings_about(
     disk: DiskFacts | None,
 ) -> list[str]:
     """Return the warnings, the gravest first."""
-    found = [*of_length(config, run), *of_training(config, model)]
+    found = [*of_length(config, run), *of_training(config, model), *of_held_out(run)]
     if data is not None:
         found += of_data(config, model, data)
     if data is not None and speed is not None:
@@ -68,6 +69,14 @@ def of_length(config: Config, run: RunFacts) -> Iterator[str]:
     if not run.num_held_out:
         key = "data.val_fraction" if run.num_pairs is not None else "data.val"
         yield f"{key}: no pairs are held out, so nothing shows whether the model gets better on others"
+
+
+def of_held_out(run: RunFacts) -> Iterator[str]:
+    """Yield what keeps the held-out pairs from saying how good the model is."""
+    if run.num_held_out_trained:
+        yield shared_in_words(run.num_held_out_trained, run.num_held_out)
+    if 0 < run.num_held_out < FEW_PAIRS:
+        yield few_in_words(run.num_held_out)
 
 
 def of_training(config: Config, model: ModelFacts) -> Iterator[str]:

@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunFacts:
-    """How long the run is and on what it runs; steps are the optimizer's. goes_on: a run in the folder is continued."""
+    """How long the run is and on what it runs; steps are the optimizer's.
+
+    goes_on: a run in the folder is continued; num_held_out_trained: of those in `data.val`, the pairs whose pictures
+    are trained on.
+    """
 
     output_dir: str
     goes_on: bool
@@ -17,6 +21,7 @@ class RunFacts:
     precision: str
     num_pairs: int | None
     num_held_out: int
+    num_held_out_trained: int
     batch_size: int
     accumulate: int
     steps_per_epoch: float | None

@@ -37,11 +37,12 @@ from accel_clip.tracking import TRAINING_METRICS
 
 @dataclass(frozen=True)
 class DataParts:
-    """Where the pairs of a run come from and how long it is."""
+    """Where the pairs of a run come from and how long it is; num_shared: of held-out ones, how many are trained on."""
 
     feed: Feed
     held_out: Source | None
     schedule: Schedule
+    num_shared: int
 
     @property
     def num_pairs(self) -> int | None:
@@ -111,7 +112,7 @@ def build_data(opened: Opened | None, config: Config, num_processes: int, proble
     if feed is None or num_steps is None:
         return None
     schedule = problems.attempt(partial(build_schedule, config.optim, num_steps))
-    return None if schedule is None else DataParts(feed, opened.held_out, schedule)
+    return None if schedule is None else DataParts(feed, opened.held_out, schedule, opened.num_shared)
 
 
 def open_zero_shot(config: Config, problems: Problems, index_folder: Path) -> Source | None:

@@ -39,6 +39,7 @@ def run_facts(parts: Parts) -> RunFacts:
         precision=str(parts.accelerator.mixed_precision),
         num_pairs=data.num_pairs,
         num_held_out=0 if data.held_out is None else len(data.held_out),
+        num_held_out_trained=data.num_shared,
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
         steps_per_epoch=steps_per_epoch,
