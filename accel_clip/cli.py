@@ -25,7 +25,8 @@ EVAL_HELP = "Evaluate a model on --data.val and --eval.zero_shot. --json prints 
 CHECK_HELP = (
     "Say what a training run with these settings will be, and everything that is wrong with it, in seconds. Beside the "
     "settings it takes --samples N (pairs to look at, 500), --seconds S (to measure speed for, 10; 0 = not), "
-    "--processes N (that will train, 1) and --json. Ends with exit code 0, 2 (settings) or 3 (data)."
+    "--processes N (that will train, 1), --show FOLDER (for a page with pictures and captions as training sees them) "
+    "and --json. Ends with exit code 0, 2 (settings) or 3 (data)."
 )
 CHECK_RANGES = {"samples": Range(1, 10**9), "seconds": Range(0, 86400), "processes": Range(1, 2**16)}
 KINDS = ("losses", "optimizers", "schedules", "sources", "models", "trackers")
@@ -122,6 +123,7 @@ def check_command(arguments: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--show", type=Path)
     parser.add_argument("--json", action="store_true")
     options, settings = parser.parse_known_args(arguments)
     for name, limits in CHECK_RANGES.items():
@@ -129,10 +131,11 @@ def check_command(arguments: list[str]) -> None:
             raise ConfigError(f"accel-clip check: --{name} {shown_value(getattr(options, name))}: {limits.words}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("accel-clip check runs in one process: say how many will train by --processes")
-    from accel_clip.preflight.command import check
+    from accel_clip.preflight.command import Asked, check
     from accel_clip.preflight.layout import lines_of
 
-    report = check(settings, CHECK_HELP, options.samples, options.seconds, options.processes)
+    asked = Asked(options.samples, options.seconds, options.processes, options.show)
+    report = check(settings, CHECK_HELP, asked)
     console.result(json.dumps(report.to_dict()) if options.json else shown("\n".join(lines_of(report))))
     if report.exit_code:
         raise SystemExit(report.exit_code)

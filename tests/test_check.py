@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import math
+import re
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy
 import open_clip
 import pytest
 import torch
@@ -20,6 +25,12 @@ from test_shards import write_tar
 from web import served
 
 from accel_clip import cli
+from accel_clip.config import Config, DataConfig, ModelConfig, TrainConfig
+from accel_clip.data.examples import preparation_for
+from accel_clip.data.feed import build_feed
+from accel_clip.data.feed_parts import Seat
+from accel_clip.data.pairs import open_training
+from accel_clip.models.build import build_model
 
 KEYS = {
     "run": "output_dir goes_on device num_processes precision num_pairs num_held_out num_held_out_trained batch_size "
@@ -27,7 +38,7 @@ KEYS = {
     "model": "name num_parameters num_trained image_size context_length micro_batch_size num_micro_batches "
     "graphs_kept weights_bytes optimizer_bytes graph_bytes free_bytes",
     "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
-    "num_repeated_captions num_cut_captions token_limit picture_size decoding_seconds pairs_in_batch",
+    "num_repeated_captions num_cut_captions num_file_names token_limit picture_size decoding_seconds pairs_in_batch",
     "speed": "num_workers loader step step_pairs bottleneck expected training_seconds",
     "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes pictures_bytes needed_bytes available_bytes",
 }
@@ -289,6 +300,97 @@ def test_held_out_pairs_that_are_few_or_trained_on_are_told(tmp_path: Path, chec
     report = check.report(*words, "--data.val_fraction", "0.1")
     assert report["run"]["num_held_out_trained"] == 0
     assert any("below 32 loss and recall say little" in each for each in report["warnings"])
+
+
+def write_noise(folder: Path, captions: list[str]) -> str:
+    """Write a table of pictures of noise, no two alike, with these captions."""
+    with (folder / "noise.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("image", "caption"), *((f"n{row}.png", text) for row, text in enumerate(captions))]
+        )
+    for row in range(len(captions)):
+        noise = numpy.random.default_rng(row).integers(0, 256, (90, 120, 3), numpy.uint8)
+        Image.fromarray(noise).save(folder / f"n{row}.png")
+    return "noise.csv"
+
+
+def pixels_in(page: str) -> list[numpy.ndarray]:
+    """Return the pictures that a page holds, uint8 [H, W, 3] each."""
+    return [
+        numpy.asarray(Image.open(io.BytesIO(base64.b64decode(each))))
+        for each in re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    ]
+
+
+def batch_of_training(config: Config) -> dict[int, numpy.ndarray]:
+    """Return the pictures of the first batch that training gets with these settings, by the number of their pair."""
+    preparation = preparation_for(build_model(config.model), config)
+    feed = build_feed(open_training(config.data), config, num_processes=1)
+    with closing(feed.open(range(1), Seat(0, 1, 0, pin_memory=False), preparation)) as batches:
+        batch = next(batches)
+    return {
+        int(sample): image.permute(1, 2, 0).numpy() for sample, image in zip(batch.sample, batch.image, strict=True)
+    }
+
+
+def test_the_page_shows_the_pixels_and_the_captions_that_training_gets(tmp_path: Path, check: Checker) -> None:
+    captions = ["一只青蛙", "<script>alert(1)</script> & co", f"start {'word ' * 40}end", " ", *map(str, range(26))]
+    table = write_noise(tmp_path, captions)
+    before = set(tmp_path.rglob("*"))
+    words = ("--data.train", table, "--data.val_fraction", "0", "--train.batch_size", "15")
+    code, _ = check(*words, "--data.max_bad_fraction", "1", "--show", "look/here")
+    page = (tmp_path / "look" / "here" / "index.html").read_text(encoding="utf-8")
+    assert code == 0
+    assert {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before} == {
+        *("look", "look/here", "look/here/index.html", "look/here/.accel_clip.json")
+    }
+    data = DataConfig(train=[table], val_fraction=0.0, workers=0)
+    config = Config(model=ModelConfig(name=check.model), data=data, train=TrainConfig(batch_size=15))
+    trained = batch_of_training(config)
+    shown = pixels_in(page)
+    assert len(shown) == 23 and "4. not used" in page and "no_caption" in page
+    both = [(sample, image) for sample, image in zip([0, 1, 2, *range(4, 24)], shown, strict=True) if sample in trained]
+    assert len(both) > 5 and all((image == trained[sample]).all() for sample, image in both)
+    assert '<p dir="auto">一只青蛙</p>' in page and "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co</p>" in page
+    read, unread = re.search(r'<p dir="auto">(start [^<]*)<del>([^<]*)</del>', page).groups()
+    assert read + unread == captions[2].strip() and 20 < len(read.split()) <= 30 and page.count("<del>") == 1
+
+
+def test_captions_that_are_names_of_files_are_told(tmp_path: Path, check: Checker) -> None:
+    words = ("--train.batch_size", "4", "--data.val_fraction", "0")
+    table = write_noise(tmp_path, ["IMG_0001.JPG", "photos/b c.webp", "a frog. 2.jpg", "a.b", "Version 1.2", "a jpg"])
+    report = check.report("--data.train", table, *words)
+    assert report["data"]["num_file_names"] == 3
+    assert any("3 of 6 captions are names of picture files" in each for each in report["warnings"])
+    assert check.report("--data.train", "demo", *words)["data"]["num_file_names"] == 0
+
+
+def test_the_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: Path, check: Checker) -> None:
+    table = write_noise(tmp_path, ["a frog"] * 6)
+    words = ("--data.train", table, "--train.batch_size", "2", "--data.val_fraction", "0", "--show", "look")
+    assert check(*words)[0] == 0
+    (tmp_path / "n0.png").unlink()
+    assert check(*words)[0] != 2 and "1. not used" in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
+    (tmp_path / "look" / "notes.txt").write_text("mine")
+    before = (tmp_path / "look" / "index.html").read_bytes()
+    code, out = check(*words)
+    assert code == 2 and "--show: look is where the contact sheet would go" in out and "notes.txt" in out
+    assert (tmp_path / "look" / "index.html").read_bytes() == before
+    assert check(*words[:-1], table)[0] == 2 and (tmp_path / table).read_text(encoding="utf-8").startswith("image")
+
+
+def test_the_page_shows_each_source_and_the_beginnings_of_streams(tmp_path: Path, check: Checker) -> None:
+    table = write_noise(tmp_path, [f"of a table {number}" for number in range(30)])
+    member = (tmp_path / "n0.png").read_bytes()
+    write_tar(tmp_path / "served" / "x.tar", {f"{n}.{end}": member if end == "png" else b"of a stream %d" % n
+                                              for n in range(30) for end in ("png", "txt")})  # fmt: skip
+    with served(tmp_path / "served") as address:
+        words = ("--data.train", f"[{table}, demo, '{address}/x.tar']", "--train.batch_size", "6", "--train.steps", "2")
+        assert check(*words, "--show", "look")[0] == 0
+    page = (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<h2>") == 3 and len(pixels_in(page)) == 3 * 24
+    assert page.count("of a table") == 24 and page.count("of a stream") == 24
 
 
 def test_decoded_pictures_that_are_kept_count_on_the_disk_where_they_fit(tmp_path: Path, check: Checker) -> None:

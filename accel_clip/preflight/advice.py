@@ -15,6 +15,7 @@ STEPS_BETWEEN_EVALUATIONS = 10
 HIGH_RATE_FOR_WEIGHTS = 1e-3  # fine-tuning takes 1e-6 to 1e-4
 MANY_REPEATED = 0.05  # of the pairs
 MANY_CUT = 0.01
+MANY_FILE_NAMES = 0.01
 TOO_LARGE = 3  # times the model's side
 WORTH_A_CHANGE = 1.15  # times the rate
 CLOSE = 1.25
@@ -102,6 +103,11 @@ def of_data(config: Config, model: ModelFacts, data: DataFacts) -> Iterator[str]
                 f"data.train: {number / data.num_looked_at:.0%} of the pairs repeat a {kind}, and those that meet in a "
                 f"batch count as wrong answers{change if config.loss.name == 'clip' else ''}"
             )
+    if data.num_file_names > MANY_FILE_NAMES * data.num_looked_at:
+        yield (
+            f"data.train: {data.num_file_names} of {data.num_looked_at} captions are names of picture files: name the "
+            "column, the ending or the JSON key that holds captions by data.caption_key, or leave these pairs out"
+        )
     if data.num_cut_captions > MANY_CUT * data.num_looked_at:
         yield (
             f"data.train: {data.num_cut_captions} of {data.num_looked_at} captions are longer than {data.token_limit} "

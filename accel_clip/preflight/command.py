@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING
 from accel_clip.check import name_checks, source_checks
 from accel_clip.config import Config
 from accel_clip.console import say
+from accel_clip.files.marked import require_own
 from accel_clip.plugins import load_plugins
 from accel_clip.preflight.advice import warnings_about
 from accel_clip.preflight.facts import Problem, Report
+from accel_clip.preflight.page import KIND as CONTACT_SHEET
 from accel_clip.preflight.problems import Problems
 from accel_clip.preflight.settings import read_settings
 from accel_clip.preflight.traces import without_traces
@@ -22,30 +25,48 @@ if TYPE_CHECKING:
     from accel_clip.preflight.parts import Parts
 
 
-def check(arguments: list[str], description: str, num_samples: int, seconds: float, num_processes: int) -> Report:
-    """Return all that can be known of a run before it starts; nothing that is written stays.
+@dataclass(frozen=True)
+class Asked:
+    """What a report is asked for.
 
-    arguments: as for training; seconds: how long speed is measured, 0 for not at all; num_processes: that will train.
+    num_samples: of the training pairs to look at; seconds: how long speed is measured, 0 for not at all; num_processes:
+    that will train; sheet: the folder for a page that shows the first pairs, None for none.
+    """
+
+    num_samples: int
+    seconds: float
+    num_processes: int
+    sheet: Path | None = None
+
+
+def check(arguments: list[str], description: str, asked: Asked) -> Report:
+    """Return all that can be known of a run before it starts; nothing that is written stays, but for the page.
+
+    arguments: as for training.
     """
     with without_traces() as index_folder:
-        return report_on(arguments, description, num_samples, seconds, num_processes, index_folder)
+        return report_on(arguments, description, asked, index_folder)
 
 
-def report_on(
-    arguments: list[str], description: str, num_samples: int, seconds: float, num_processes: int, index_folder: Path
-) -> Report:
+def report_on(arguments: list[str], description: str, asked: Asked, index_folder: Path) -> Report:
     """Return the report; the indexes of shards that are made for it go to a folder of their own."""
     problems = Problems()
+    if asked.sheet is not None:
+        problems.attempt(partial(require_own, asked.sheet, CONTACT_SHEET, "--show"))
     config = read_settings(arguments, description, problems)
     check_everything_named(config, problems)
     if problems.concern("plugins"):
         return Report(problems=listed(problems), exit_code=problems.exit_code)
     from accel_clip.preflight.parts import build_parts  # imports torch
 
-    parts = build_parts(config, num_processes, problems, index_folder)
+    parts = build_parts(config, asked.num_processes, problems, index_folder)
     if parts is None:
         return Report(problems=listed(problems), exit_code=problems.exit_code)
-    return measured(parts, num_samples, seconds, problems)
+    if asked.sheet is not None and not problems:
+        from accel_clip.preflight.sheet import write_sheet
+
+        problems.attempt(partial(write_sheet, parts, asked.sheet))
+    return measured(parts, asked.num_samples, asked.seconds, problems)
 
 
 def check_everything_named(config: Config, problems: Problems) -> None:

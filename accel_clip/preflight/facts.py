@@ -55,8 +55,8 @@ class DataFacts:
     """What a sample of the training pairs holds; shares are of the pairs looked at.
 
     num_unusable: by reason; examples: one unusable sample a reason; the numbers of repeated ones count every pair after
-    the first with the same picture or caption; picture_size: of the picture in the middle by its pixels;
-    pairs_in_batch: of each of several sources, on average where it varies.
+    the first with the same picture or caption; num_file_names: captions that are names of picture files; picture_size:
+    of the picture in the middle by its pixels; pairs_in_batch: of each of several sources, on average where it varies.
     """
 
     num_pairs: int | None
@@ -68,6 +68,7 @@ class DataFacts:
     num_repeated_pictures: int
     num_repeated_captions: int
     num_cut_captions: int
+    num_file_names: int
     token_limit: int
     picture_size: tuple[int, int] | None
     decoding_seconds: float

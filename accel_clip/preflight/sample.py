@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy
 from PIL.Image import Image
@@ -21,6 +21,7 @@ from accel_clip.data.examples import numbers_in
 from accel_clip.data.feed import Feed
 from accel_clip.data.sources.base import Pair, Source, Stream
 from accel_clip.data.sources.combine import Concatenated, origin
+from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 
 SHARDS_TO_LOOK_AT = 4
 MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are looked at then
@@ -30,7 +31,8 @@ MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are loo
 class Look:
     """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption.
 
-    decoded_size: that of what is decoded of the picture for training.
+    decoded_size: that of what is decoded of the picture for training; is_file_name: whether the caption is the name of
+    a picture file.
     """
 
     picture_size: tuple[int, int]
@@ -40,6 +42,7 @@ class Look:
     picture_hash: int
     caption_hash: int
     numbers: dict[str, Tensor]
+    is_file_name: bool
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Looker:
             hash_of("picture", self.source.key(index)),
             hash_of("caption", caption),
             numbers_in(pair),
+            PurePosixPath(caption).suffix.lower() in PICTURE_SUFFIXES,
         )
 
     def sizes_of(self, image: Image | bytes | Path) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -126,6 +126,7 @@ def data_facts(parts: Parts, sample: Sample) -> DataFacts:
         num_repeated_pictures=sample.num_repeated("picture"),
         num_repeated_captions=sample.num_repeated("caption"),
         num_cut_captions=sum(look.is_cut for look in sample.looks),
+        num_file_names=sum(look.is_file_name for look in sample.looks),
         token_limit=len(sample.looks[0].tokens) if sample.looks else 0,
         picture_size=sizes[len(sizes) // 2] if sizes else None,
         decoding_seconds=sample.seconds / sample.num_looked_at,

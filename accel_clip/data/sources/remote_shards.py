@@ -300,7 +300,7 @@ def beginning_of(addresses: Sequence[str], name: str, encodings: tuple[str, ...]
                 problem = problem_of(archive, masked(address))
             except UnusableSample as failure:
                 beginning, problem = Beginning(), failure
-            if beginning.names or problem is None:
+            if any(ending for _, ending in beginning.names) or problem is None:
                 return beginning
             failures.append(f"{problem.path}: {problem.detail}")
             if not file.was_answered:
@@ -319,8 +319,9 @@ def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> Begin
         names = stem_and_ending(member.name)
         if names is None:
             continue
-        limit.begin()
-        stems.add(names[0])
+        if names[1]:
+            limit.begin()
+            stems.add(names[0])
         if len(stems) > NUM_NAMES_TO_LOOK_AT:
             break
         beginning.names.append(names)
@@ -332,6 +333,6 @@ def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> Begin
                 beginning.objects.append(
                     (names[0], SampleTexts([RECORD], {RECORD: content}.get, "", encodings).record())
                 )
-    if limit.problem and not beginning.names:
+    if limit.problem and not stems:
         raise limit.problem
     return beginning
