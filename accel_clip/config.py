@@ -72,7 +72,7 @@ class DataConfig:
     """Data: where the pairs come from and how they reach the model."""
 
     train: list[str | SourceConfig] = field(default_factory=lambda: ["demo"])
-    """one source or a list; an item is a string (a table .csv .tsv .jsonl .parquet, a folder, a saved dataset,
+    """one source or a list; an item is a string (a table .csv .tsv .jsonl .json .parquet, a folder, a saved dataset,
     hf:org/name[:config][:split], demo, demo:pairs) or {source, image_key, caption_key, image_root, weight}"""
     val: list[str | SourceConfig] | None = None
     """held-out source(s), written like data.train but without weights; null = a part of data.train is held out"""
@@ -81,14 +81,21 @@ class DataConfig:
     image_key: str | None = None
     """column with the picture; null = found by the usual names"""
     caption_key: list[str] | dict[str, PositiveFactor] | None = None
-    """column(s) with captions; of several one is drawn anew every epoch, with {title: 1, alt: 3} alt three times as
-    often as title where a pair has both; null = found by the usual names"""
+    """column(s) with captions, or endings of files beside pictures, such as caption; folder = the names of folders; of
+    several one is drawn anew every epoch, with {title: 1, alt: 3} alt three times as often as title where a pair has
+    both; null = found by the usual names"""
     image_root: str | None = None
     """folder that picture paths start from and must stay in, links resolved ('/' allows all);
     null = the table's folder"""
     encoding: str | None = None
     """text encoding of tables and .txt captions, such as gb18030; null = by byte-order mark, UTF-8, else detected and
     said"""
+    quoting: str = "auto"
+    """quotes in delimited tables: auto = they hold cells together, and one that swallows rows is refused; standard =
+    without that look; none = they are signs like others"""
+    caption_lines: bool | None = None
+    """whether each line of a .txt beside a picture, in a folder or in shards, is a caption of its own; null = it is,
+    but a text with a blank line in it is one caption"""
     replacement: bool = False
     """draw samples with replacement: every batch draws anew from all samples, instead of each once an epoch"""
     workers: Annotated[int, Range(0, 1024)] | None = None
@@ -121,6 +128,8 @@ class DataConfig:
             require_words(caption_key)
         require_ranges(self, "data.")
         require(self.val_fraction != 1, "data.val_fraction", self.val_fraction, "it must be below 1")
+        quoting = ("auto", "standard", "none")
+        require(self.quoting in quoting, "data.quoting", self.quoting, "it must be auto, standard or none")
         known = ("crop", "none")
         require(self.augmentation in known, "data.augmentation", self.augmentation, "it must be crop or none")
         for source in items:

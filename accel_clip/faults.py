@@ -8,12 +8,17 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+LONGEST_MESSAGE = 2000  # characters: what a file holds may be as large as a picture
+
 
 class AccelClipError(Exception):
     """An error whose message is meant for the person who started the command."""
 
     exit_code = 1
     on_every_process = True  # whether all processes raise it alike, so that the first may speak for all
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, LONGEST_MESSAGE))
 
 
 class ConfigError(AccelClipError):
@@ -134,6 +139,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text of at most so many characters, with its beginning and its end: the way out often stands there."""
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def one_line(error: Exception, most: int = 400) -> str:

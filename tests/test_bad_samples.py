@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from accel_clip.config import DataConfig
-from accel_clip.data.bad_samples import REASONS, BadSample, BadSampleLog, UnusableSample
+from accel_clip.data.bad_samples import (
+    REASONS,
+    WITHOUT_PICTURE,
+    BadSample,
+    BadSampleLog,
+    UnusableSample,
+    may_be_the_root,
+    too_few_usable,
+)
 from accel_clip.data.batch import Batch
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, choose_caption
 from accel_clip.data.examples import Preparation
@@ -148,6 +156,22 @@ def test_a_wrong_root_is_asked_for_before_all_files_are_tried():
     with pytest.raises(DataError, match=r"missing_file 100.*is data\.image_root right"):
         batches_of(source, Order(100_000, 10, seed=0), 1, constant_tokens)
     assert source.num_fetched <= 10 * 100
+
+
+def test_a_root_is_not_asked_for_where_pictures_are_in_shards_or_at_addresses():
+    problems = [
+        UnusableSample("missing_file", WITHOUT_PICTURE, "17"),
+        UnusableSample("missing_file", WITHOUT_PICTURE, "/data/0000.tar/17"),
+        UnusableSample("missing_file", "No such file or directory", "/data/0000.tar"),
+        UnusableSample("missing_file", "5 attempts have failed", "https://x.invalid/0000.tar.gz"),
+        UnusableSample("missing_file", "5 attempts have failed", "hf-stream:org/name, shard 3"),
+    ]
+    assert not any(map(may_be_the_root, problems))
+    assert "image_root" not in str(too_few_usable("nothing", problems))
+    tables = [
+        UnusableSample("missing_file", "No such file", path) for path in ("a.png", "/data/a.tars/b.png", "C:/a.png")
+    ]
+    assert all(map(may_be_the_root, tables)) and "image_root" in str(too_few_usable("nothing", tables))
 
 
 # --- counting

@@ -37,8 +37,9 @@ KEYS = {
     "accumulate steps_per_epoch num_epochs num_steps num_warmup_steps steps_between_evaluations starting_loss",
     "model": "name num_parameters num_trained image_size context_length micro_batch_size num_micro_batches "
     "graphs_kept weights_bytes optimizer_bytes graph_bytes free_bytes",
-    "data": "num_pairs num_looked_at num_unusable examples unusable_share unusable_limit num_repeated_pictures "
-    "num_repeated_captions num_cut_captions num_file_names token_limit picture_size decoding_seconds pairs_in_batch",
+    "data": "num_pairs num_looked_at num_unusable examples num_missing_files captions unusable_share unusable_limit "
+    "num_repeated_pictures num_repeated_captions num_cut_captions num_file_names token_limit picture_size "
+    "decoding_seconds pairs_in_batch",
     "speed": "num_workers loader step step_pairs bottleneck expected training_seconds",
     "disk": "checkpoint_bytes num_checkpoints export_bytes features_bytes pictures_bytes needed_bytes available_bytes",
 }
@@ -168,10 +169,13 @@ if "mine" not in SOURCES:  # of the test before
 """
 
 
+KINDS = ("frog", "owl")
+
+
 def every_source(folder: Path) -> None:
     """Write pairs in every form."""
     for number in range(12):
-        file = folder / "folder" / f"class {number % 2}" / f"{number}.png"
+        file = folder / "folder" / KINDS[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (number, 0, 0)).save(file)
     files = sorted((folder / "folder").rglob("*.png"))
@@ -187,7 +191,11 @@ def every_source(folder: Path) -> None:
     dataset.to_parquet(folder / "rows" / "0.parquet")
     members = {}
     for number, file in enumerate(files):
-        members |= {f"{number}.png": file.read_bytes(), f"{number}.txt": b"x", f"{number}.cls": b"%d" % (number % 2)}
+        members |= {
+            f"{number}.png": file.read_bytes(),
+            f"{number}.txt": b"x",
+            f"{number}.cls": KINDS[number % 2].encode(),
+        }
     write_tar(folder / "shards" / "0.tar", members)
     (folder / "my_plugin.py").write_text(HELPED_PLUGIN)
     (folder / "helper.py").write_text("x = 1\n")
@@ -216,6 +224,25 @@ def test_nothing_is_written_whatever_the_data_are(
             assert report["data"] is not None and not report["problems"], (form, report["problems"])
             assert Tree(tmp_path).changed(before) == [], form
     assert not sys.dont_write_bytecode
+
+
+def test_captions_of_every_source_are_shown_as_training_sees_them(tmp_path: Path, check: Checker) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for number in range(8):
+            Image.new("RGB", (40, 40), (number, 100, len(name))).save(tmp_path / name / f"{number}.png")
+    texts = {"one": "['a frog', 'a green frog']", "two": "word " * 60}
+    for name, text in texts.items():
+        rows = [("image", "caption"), *((f"{number}.png", text) for number in range(8))]
+        with (tmp_path / name / "pairs.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    words = ("--data.train", "[one/pairs.csv, two/pairs.csv]", "--data.val_fraction", "0", "--train.batch_size", "8")
+    shown = check.report(*words)["data"]["captions"]
+    assert set(shown) == {"one/pairs.csv", "two/pairs.csv"}
+    assert set(shown["one/pairs.csv"]) == {"a frog", "a green frog"} and len(shown["one/pairs.csv"]) == 3
+    assert all(re.fullmatch(r"(word ){18,20}… \[cut after 32 tokens\]", text) for text in shown["two/pairs.csv"])
+    code, out = check(*words)
+    assert code == 0 and re.search(r"captions of one/pairs\.csv a (green )?frog\n {25}a (green )?frog\n", out)
 
 
 def test_every_mistake_is_told_in_one_run(tmp_path: Path, check: Checker) -> None:

@@ -296,7 +296,7 @@ def test_garbage_in_headers_ends_a_shard_and_never_the_program(tmp_path, capsys)
         try:
             source = opened(tmp_path / "x.tar")
         except ConfigError as error:
-            assert "has none of the usual .txt members" in str(error)  # the first caption was already hit
+            assert "has none of the usual .txt, .caption members" in str(error)  # the first caption was already hit
             continue
         assert 1 <= len(source) <= 8
         for index in range(len(source)):
@@ -541,7 +541,20 @@ def one_sample(tmp_path: Path, members: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize(
     "members, settings, expected",
     [
-        ({"jpg": b"", "txt": b" one\r\n two "}, {}, ("one\r\n two",)),
+        ({"jpg": b"", "txt": b" one\r\n two "}, {}, ("one", "two")),
+        ({"jpg": b"", "txt": b" one\r\n two "}, {"caption_lines": False}, ("one\r\n two",)),
+        ({"jpg": b"", "txt": b"one\n\ntwo"}, {}, ("one\n\ntwo",)),
+        ({"jpg": b"", "txt": b"one\n\ntwo"}, {"caption_lines": True}, ("one", "two")),
+        ({"jpg": b"", "caption": b"one"}, {}, ("one",)),
+        ({"jpg": b"", "txt": b'["one", "two"]'}, {}, ("one", "two")),
+        ({"jpg": b"", "txt": b'{"a": 1}'}, {}, "no_caption"),
+        (
+            {"jpg": b"", "txt": b"x", "syn.json": b'{"syn_text": ["one", "two"]}'},
+            {"caption_key": ["syn.json"]},
+            ("one", "two"),
+        ),
+        ({"jpg": b"", "txt": b"x", "syn.json": b'{"a": 1, "b": 2}'}, {"caption_key": ["syn.json"]}, "no_caption"),
+        ({"jpg": b"", "json": b'{"caption": {"en": "x"}}'}, {}, "no_caption"),
         ({"jpg": b"", "txt": "\ufeff青蛙".encode()}, {}, ("青蛙",)),
         ({"jpg": b"", "txt": "青蛙".encode("gb18030")}, {"encoding": "gb18030"}, ("青蛙",)),
         ({"jpg": b"", "txt": "青蛙".encode()}, {"encoding": "gb18030"}, ("青蛙",)),
@@ -582,14 +595,14 @@ def test_names_that_no_member_has_are_config_errors_that_list_those_there_are(tm
     path = one_sample(tmp_path, {"jpg": b"", "json": b'{"alt_text": "x"}', "cap": b"x"})
     for settings, pattern in (
         ({"image_key": "jpgg"}, r"data\.image_key: .* '\.jpgg', did you mean 'jpg'\? It has: jpg, json, cap"),
-        ({}, r"data\.caption_key: .* none of the usual \.txt members .*keys in \.json: alt_text"),
+        ({}, r"data\.caption_key: .* none of the usual \.txt, \.caption members .*keys in \.json: alt_text"),
         ({"caption_key": ["alt_txt"]}, r"data\.caption_key: .*'alt_txt', did you mean 'alt_text'\?"),
         ({"caption_key": ["json"]}, r"data\.caption_key: .*'json'"),
     ):
         with pytest.raises(ConfigError, match=pattern):
             opened(path, **settings)
     assert captions(opened(path, caption_key=["cap"])) == [("x",)]
-    with pytest.raises(ConfigError, match=r"data\.caption_key: .*\.txt members .*Its members: jpg$"):
+    with pytest.raises(ConfigError, match=r"data\.caption_key: .*\.txt, \.caption members .*Its members: jpg$"):
         opened(one_sample(tmp_path, {"jpg": b""}))
     with pytest.raises(ConfigError, match=r"data\.image_key: .*bmp, .*gif.*mp3, txt"):
         opened(one_sample(tmp_path, {"mp3": b"", "txt": b"x"}))

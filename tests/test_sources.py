@@ -543,7 +543,7 @@ def test_folder_with_a_metadata_table_of_any_kind(tmp_path):
 def test_folder_with_text_files(tmp_path):
     for name in ("b.PNG", "a.jpg", "deep/c.webp", "without.png", ".hidden.png", "._a.jpg"):
         picture(tmp_path / name)
-    write(tmp_path / "a.txt", "\ufefffirst line\r\n\r\n second line \r\n")
+    write(tmp_path / "a.txt", "\ufefffirst line\r\n second line \r\n\r\n")
     write(tmp_path / "b.TXT", "一只青蛙")
     write(tmp_path / "deep" / "c.txt", "\n \n")
     write(tmp_path / "README.md", "x")
@@ -771,7 +771,7 @@ def test_words_that_find_nothing_name_the_setting_what_was_written_and_the_forms
     for words in ("", "hff:org/name"):
         with pytest.raises(DataError, match="hf:org/name"):
             locate(words)
-    with pytest.raises(DataError, match=r"'\.xlsx'; write a table \(\.csv, \.tsv, \.jsonl, \.parquet\)"):
+    with pytest.raises(DataError, match=r"'\.xlsx'; write a table \(\.csv, \.tsv, \.jsonl, \.parquet, \.json, "):
         locate(str(picture(tmp_path / "pairs.xlsx")))
 
 
@@ -805,7 +805,8 @@ def test_registered_sources_get_the_argument_and_complete_settings(monkeypatch):
 def test_suffixes_and_names_are_those_of_the_modules_that_serve_them():
     resolve.register_built_in()
     assert set(resolve.BUILT_IN) <= set(SOURCES.names())
-    assert tuple(table_files.READERS) == resolve.TABLE_SUFFIXES
+    read = {suffix for form in table_files.FORMATS for suffix in form.suffixes}
+    assert read == set(resolve.TABLE_SUFFIXES)
 
 
 def test_missing_data_is_found_without_heavy_imports():

@@ -465,7 +465,7 @@ def test_names_that_no_member_has_stop_the_start(tmp_path):
     with served(tmp_path) as address:
         for settings, pattern in (
             ({"image_key": "jpgg"}, r"data\.image_key: .*/x\.tar has no members '\.jpgg', did you mean 'jpg'"),
-            ({}, r"data\.caption_key: .* none of the usual \.txt members .*keys in \.json: alt_text"),
+            ({}, r"data\.caption_key: .* none of the usual \.txt, \.caption members .*keys in \.json: alt_text"),
             ({"captions": {"alt_txt": 1.0}}, r"data\.caption_key: .*'alt_txt', did you mean 'alt_text'\?"),
         ):
             with pytest.raises(ConfigError, match=pattern):

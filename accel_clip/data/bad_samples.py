@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from accel_clip import console
-from accel_clip.faults import DataError, StorageError
+from accel_clip.faults import DataError, StorageError, shortened
 from accel_clip.redaction import masked
 
 SAMPLES_BEFORE_FIRST_LOOK = 1000
 SAMPLES_TO_KNOW_THE_ROOT = 100
 MISSING = "missing_file"
+WITHOUT_PICTURE = "the sample has no picture"
+NOT_FROM_THE_ROOT = re.compile(r"\.tar(\.\w+)?(/|$)|^[\w-]{2,}:")
+"""in paths of shards and what is in them, and of addresses and datasets"""
+LONGEST_DETAIL = 400  # characters
 IS_THE_ROOT_RIGHT = "is data.image_root right? It is the folder that picture paths start from"
 REASONS = (
     *("unreadable", "too_large", MISSING, "outside_root", "no_caption", "caption_encoding"),
@@ -31,6 +36,7 @@ class UnusableSample(Exception):
 
     def __init__(self, reason: str, detail: str, path: str | None = None) -> None:
         assert reason in REASONS, reason
+        detail, path = shortened(detail, LONGEST_DETAIL), None if path is None else shortened(path, LONGEST_DETAIL)
         super().__init__(reason, detail, path)
         self.reason, self.detail, self.path = reason, detail, path
 
@@ -93,7 +99,7 @@ class BadSampleLog:
         new = []
         for bad in everyone:
             self.num_met += bad.its_turn
-            self.num_missing += bad.its_turn and bad.reason == MISSING
+            self.num_missing += bad.its_turn and may_be_the_root(bad)
             place = bad.place()
             if place not in self.listed:
                 self.listed[place] = None
@@ -173,7 +179,13 @@ def too_few_usable(what: str, problems: Sequence[BadSample | UnusableSample]) ->
 
 def missing_too_many(problems: Iterable[BadSample | UnusableSample], num_seen: int) -> bool:
     """Return whether so many samples are missing files that the folder may be the wrong one: more than half."""
-    return sum(problem.reason == MISSING for problem in problems) > num_seen / 2
+    return sum(map(may_be_the_root, problems)) > num_seen / 2
+
+
+def may_be_the_root(problem: BadSample | UnusableSample) -> bool:
+    """Return whether a problem is a file that another root might have: none in a shard, or at an address."""
+    is_elsewhere = problem.path is not None and NOT_FROM_THE_ROOT.search(problem.path) is not None
+    return problem.reason == MISSING and problem.detail != WITHOUT_PICTURE and not is_elsewhere
 
 
 def reasons_of(problems: Sequence[BadSample | UnusableSample]) -> str:

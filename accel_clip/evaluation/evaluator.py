@@ -54,7 +54,7 @@ class Evaluator:
             num_workers=num_workers,
         )
         self.held_out = None if held_out is None else read_held_out(held_out)
-        self.labelled = None if zero_shot is None else read_labelled(zero_shot)
+        self.labelled = None if zero_shot is None else read_labelled(zero_shot, config.label_key)
         self.shown = self.held_out
         self.examples: list[Nearest] = []
         self.announced: set[str] = set()

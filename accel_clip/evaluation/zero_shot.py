@@ -17,9 +17,10 @@ from torch import Tensor
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample, by_reason
 from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.class_names import are_codes, some_of
 from accel_clip.evaluation.encode import encode_captions
 from accel_clip.evaluation.retrieval import ranks, recall_at
-from accel_clip.faults import DataError
+from accel_clip.faults import ConfigError, DataError
 from accel_clip.models.build import ClipModel
 
 
@@ -41,10 +42,11 @@ class LabelledPictures:
         return replace(self, indices=indices, class_of_picture=self.class_of_picture[pictures])
 
 
-def read_labelled(source: Source) -> LabelledPictures:
+def read_labelled(source: Source, label_key: str | None = None) -> LabelledPictures:
     """Return the labelled pictures of a source that can be fetched, and say how many there are.
 
-    Raises `DataError` when it has no labels at all.
+    label_key: the setting, which vouches for labels that are no words. Raises `DataError` when there are no labels at
+    all, and `ConfigError` when they are numbers or codes that nothing vouches for.
     """
     found: dict[int, str | None] = {}
     left_out: Counter[str] = Counter()
@@ -60,6 +62,11 @@ def read_labelled(source: Source) -> LabelledPictures:
             "column with the class"
         )
     classes = sorted(set(labels.values()))
+    if label_key is None and are_codes(classes):
+        raise ConfigError(
+            f"eval.label_key: the classes of {source.name} ({some_of(classes)}) are no words, by which a text tower "
+            "could find them: name a column with the names of classes, or the one with these if they are meant so"
+        )
     number = {name: place for place, name in enumerate(classes)}
     without = len(found) - len(labels)
     unlabelled = f"; {without} without a label left out" if without else ""

@@ -54,15 +54,19 @@ class ModelFacts:
 class DataFacts:
     """What a sample of the training pairs holds; shares are of the pairs looked at.
 
-    num_unusable: by reason; examples: one unusable sample a reason; the numbers of repeated ones count every pair after
-    the first with the same picture or caption; num_file_names: captions that are names of picture files; picture_size:
-    of the picture in the middle by its pixels; pairs_in_batch: of each of several sources, on average where it varies.
+    num_unusable: by reason; examples: one unusable sample a reason; num_missing_files: those that another
+    data.image_root might have; captions: a few of each source, as training sees them; the numbers of repeated ones
+    count every pair after the first with the same picture or caption; num_file_names: captions that are names of
+    picture files; picture_size: of the picture in the middle by its pixels; pairs_in_batch: of each of several sources,
+    on average where it varies.
     """
 
     num_pairs: int | None
     num_looked_at: int
     num_unusable: dict[str, int]
     examples: dict[str, str]
+    num_missing_files: int
+    captions: dict[str, list[str]]
     unusable_share: float
     unusable_limit: float
     num_repeated_pictures: int

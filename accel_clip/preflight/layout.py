@@ -80,6 +80,9 @@ def data_rows(data: DataFacts) -> Iterator[Row]:
     for reason, count in data.num_unusable.items():
         if count:
             yield f"  {reason}", f"{count}, such as {data.examples[reason]}"
+    for name, captions in data.captions.items():
+        labels = ["captions" if len(data.captions) == 1 else f"captions of {name}", *[""] * len(captions)]
+        yield from zip(labels, captions, strict=False)
     yield "repeated pictures", str(data.num_repeated_pictures)
     yield "repeated captions", str(data.num_repeated_captions)
     yield "captions cut", f"{data.num_cut_captions} over {data.token_limit} tokens"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel_clip.data.bad_samples import IS_THE_ROOT_RIGHT, MISSING
+from accel_clip.data.bad_samples import IS_THE_ROOT_RIGHT
 from accel_clip.faults import DataError, StorageError
 from accel_clip.preflight.advice import surely_too_many
 from accel_clip.preflight.facts import DataFacts, DiskFacts
@@ -12,8 +12,8 @@ from accel_clip.preflight.layout import size_in_words
 def refuse_unusable(data: DataFacts) -> None:
     """Raise `DataError` for unusable pairs that will stop the run, unless the sample is too small to tell."""
     number, seen, share = sum(data.num_unusable.values()), data.num_looked_at, data.unusable_share
-    if 2 * data.num_unusable[MISSING] > seen:
-        raise DataError(f"{data.num_unusable[MISSING]} of {seen} pairs are missing files: {IS_THE_ROOT_RIGHT}")
+    if 2 * data.num_missing_files > seen:
+        raise DataError(f"{data.num_missing_files} of {seen} pairs are missing files: {IS_THE_ROOT_RIGHT}")
     if surely_too_many(data):
         raise DataError(
             f"data.max_bad_fraction: {number} of {seen} pairs are unusable ({share:.1%}), and a run stops above "

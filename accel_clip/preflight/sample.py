@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accel_clip.data.augmentation import training_scale
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import UnusableSample, may_be_the_root
 from accel_clip.data.captions import choose_caption, hash_of, is_cut
 from accel_clip.data.decode import decode_small
 from accel_clip.data.examples import numbers_in
@@ -24,6 +25,7 @@ from accel_clip.data.sources.combine import Concatenated, origin
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 
 SHARDS_TO_LOOK_AT = 4
+CAPTIONS_TO_SHOW, LONGEST_SHOWN = 3, 100  # characters
 MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are looked at then
 
 
@@ -31,10 +33,12 @@ MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are loo
 class Look:
     """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption.
 
-    decoded_size: that of what is decoded of the picture for training; is_file_name: whether the caption is the name of
-    a picture file.
+    source: the name of the one that it comes from; decoded_size: that of what is decoded of the picture for training;
+    is_file_name: whether the caption is the name of a picture file.
     """
 
+    source: str
+    caption: str
     picture_size: tuple[int, int]
     decoded_size: tuple[int, int]
     tokens: Tensor
@@ -53,15 +57,27 @@ class Sample:
     looks: list[Look] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     first: dict[str, tuple[int, str]] = field(default_factory=dict)
+    num_missing_files: int = 0
     seconds: float = 0.0
 
     def take_unusable(self, source: Source, index: int, problem: UnusableSample) -> None:
         """Count an unusable pair, and keep the one of its reason that stands first in the data."""
         self.unusable[problem.reason] += 1
+        self.num_missing_files += may_be_the_root(problem)
         within, row = origin(source, index)
         where = f"{problem.path or within.name}, sample {row}"
         found = index, " ".join(f"{where}: {problem.detail}".split())
         self.first[problem.reason] = min(found, self.first.get(problem.reason, found))
+
+    def captions(self) -> dict[str, list[str]]:
+        """Return the first few captions of each source, on one line each, the end of a long one left out."""
+        shown: dict[str, list[str]] = {}
+        for look in self.looks:
+            found = shown.setdefault(look.source, [])
+            if len(found) < CAPTIONS_TO_SHOW:
+                end = f" [cut after {len(look.tokens)} tokens]" if look.is_cut else ""
+                found.append(textwrap.shorten(look.caption, LONGEST_SHOWN, placeholder=" …") + end)
+        return shown
 
     def num_repeated(self, kind: str) -> int:
         """Return how many pairs show a picture, or a caption, that one before them shows."""
@@ -85,6 +101,8 @@ class Looker:
         picture_size, decoded_size = self.sizes_of(pair.image)
         tokens = self.tokenizer([caption])[0]
         return Look(
+            origin(self.source, index)[0].name,
+            caption,
             picture_size,
             decoded_size,
             tokens,

@@ -121,6 +121,8 @@ def data_facts(parts: Parts, sample: Sample) -> DataFacts:
         num_looked_at=sample.num_looked_at,
         num_unusable={reason: sample.unusable[reason] for reason in REASONS},
         examples={reason: text for reason, (_, text) in sample.first.items()},
+        num_missing_files=sample.num_missing_files,
+        captions=sample.captions(),
         unusable_share=num_unusable / sample.num_looked_at,
         unusable_limit=parts.config.data.max_bad_fraction,
         num_repeated_pictures=sample.num_repeated("picture"),

@@ -31,7 +31,7 @@ from accel_clip.config import Config, DataConfig, ModelConfig, SourceConfig
 from accel_clip.data.bad_samples import BadSample, BadSampleLog, UnusableSample
 from accel_clip.data.captions import choose_caption
 from accel_clip.data.decode import decode_picture
-from accel_clip.data.sources import table_files
+from accel_clip.data.sources import delimited
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.tar_index import build_index, load_index, pack
@@ -657,7 +657,7 @@ def test_cells_and_lines_without_end_are_told_with_their_line(tmp_path: Path, mo
     (tmp_path / "quote.csv").write_text('image,caption\na.png,"' + ("a.png,fine\n" * (1 << 21)))
     with within(20), pytest.raises(DataError, match=r"quote\.csv: the row that begins in line 2 cannot be read"):
         opened(tmp_path / "quote.csv")
-    monkeypatch.setattr(table_files, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(delimited, "LONGEST_LINE", 1000)
     for name, content in (
         ("line.csv", "image,caption\n" + "a.png,x\n" * 3 + "y" * 1001),
         ("line.jsonl", '{"image": "a.png", "caption": "x"}\n' * 4 + "y" * 1001),

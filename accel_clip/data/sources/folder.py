@@ -1,78 +1,66 @@
-"""Folders of pictures: with a metadata table, with `.txt` captions beside them, or with a folder per class."""
+"""What a folder of pictures is: one with a table, with captions in files beside pictures, or with a folder per class.
+
+Names of folders are captions only where nothing better is there and they are words; otherwise the run asks.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import pyarrow
 
-from accel_clip import console
-from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import Source
+from accel_clip.data.sources.caption_files import open_caption_files
+from accel_clip.data.sources.class_names import are_codes, class_name, some_of
 from accel_clip.data.sources.columns import Columns
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
-from accel_clip.data.sources.table import TableSource, open_table
-from accel_clip.data.sources.table_files import READERS
-from accel_clip.data.text_files import decode_text, decodes, guess_encoding, require_text_encoding
-from accel_clip.faults import DataError
+from accel_clip.data.sources.parquet_files import SPLITS, read_folder
+from accel_clip.data.sources.resolve import TABLE_SUFFIXES
+from accel_clip.data.sources.table import TableSource, open_content, open_table
+from accel_clip.faults import ConfigError, DataError
 
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
-METADATA_FILES = tuple(f"metadata{suffix}" for suffix in READERS)
-PARTS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
-CAPTION_FILES_TO_LOOK_AT = 500
-
-
-class CaptionFiles(TableSource):
-    """Pictures whose captions stand in text files, one a line, which are read when they are fetched."""
-
-    def __init__(self, name: str, table: pyarrow.Table, root: Path, limit: Path, encodings: tuple[str, ...]) -> None:
-        super().__init__(name, table, Columns("image", ("caption_file",), "label"), root, limit)
-        self.encodings = encodings
-
-    def captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Return the lines of a picture's text file that are not empty, all alike; raises `UnusableSample`."""
-        written, _ = super().captions(index)
-        if not written:
-            return (), ()
-        try:
-            file = self.file(written[0])
-            if not file.is_file():  # reading a pipe would wait for ever
-                raise UnusableSample("no_caption", f"{written[0]} is no file", written[0])
-            if (num_bytes := file.stat().st_size) > LARGEST_CAPTION_BYTES:
-                raise caption_too_large(f"the file takes {num_bytes:,} bytes", written[0])
-            text = decode_text(file.read_bytes(), self.encodings)
-        except OSError as error:
-            raise UnusableSample("no_caption", f"{written[0]}: {error.strerror or error}", written[0]) from error
-        except UnicodeDecodeError as error:
-            detail = f"{error}: name the encoding of captions by data.encoding"
-            raise UnusableSample("caption_encoding", detail, written[0]) from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip()), ()
+METADATA_FILES = tuple(f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".parquet"))
+NAMES_OF_FOLDERS = "folder"
+"""what data.caption_key calls the names of folders"""
+LIST_NAMES = re.compile(r"(caption|annotation|label|result|dataset|metadata|text)", re.IGNORECASE)
+"""in the names of .json and .txt files that list captions; others are notes"""
+OF_FORMATS = re.compile(
+    r"(images?|imgs?|pictures?|pics?|photos?|jpe?gs?|pngs?|data|files?|parts?|batch(es)?|chunks?|shards?|splits?"
+    r"|train(ing)?|val(id(ation)?)?|dev|test)",
+    re.IGNORECASE,
+)
+WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
+COUNTED = re.compile(r"\d+[_.].*")
+"""10_toy as kohya's trainer has it, with how often a picture is shown, or 001.Black_footed_Albatross"""
 
 
 def open_folder(folder: Path, options: SourceOptions) -> Source:
-    """Return the pairs of a folder; raises `DataError` saying what was looked for when it holds none."""
+    """Return the pairs of a folder; raises `DataError` where it holds none, `ConfigError` where that is not clear."""
     metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
     if metadata is not None:
         return open_table(metadata, options)
     files = list_files(folder)
-    pictures = [name for name in files if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES]
-    labels = [class_of(name) for name in pictures]
-    captions = caption_files(pictures, files)
+    names = [name for name in files if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES]
+    parts = [folder / name for name in files if name.lower().endswith(".parquet")]
+    if parts and not names:
+        return open_content(read_folder(folder, parts, options), str(folder), options)
     text = pyarrow.string()
-    table = pyarrow.table(
-        [pyarrow.array(column, text) for column in (pictures, captions, labels)], ["image", "caption_file", "label"]
-    )
-    if options.needs == "captions" and any(captions):
-        names, limit = sorted({name for name in captions if name}), limit_of(folder, options)
-        encodings = caption_encodings(folder, names, options.encoding, limit)
-        return CaptionFiles(str(folder), table, folder, limit, encodings)
-    require_classes(folder, pictures)
-    return TableSource(str(folder), table, Columns("image", ("label",), "label"), folder, limit_of(folder, options))
+    classes = [class_of(name) for name in names]
+    pictures = pyarrow.table([pyarrow.array(column, text) for column in (names, classes)], ["image", "label"])
+    limit = limit_of(folder, options)
+    if options.needs == "captions" and NAMES_OF_FOLDERS not in options.captions:
+        source = open_caption_files(folder, files, pictures, limit, options)
+        if source is not None:
+            return source
+    require_classes(folder, names, files, options)
+    return TableSource(str(folder), pictures, Columns("image", ("label",), "label"), folder, limit)
 
 
 def list_files(folder: Path) -> list[str]:
@@ -107,39 +95,9 @@ def require_utf8(name: str) -> str:
 
 
 def class_of(picture: str) -> str | None:
-    """Return the class that a picture's first folder stands for."""
+    """Return the name of a picture's first folder, None without one."""
     folder, slash, _ = picture.partition("/")
-    return folder.replace("_", " ").replace("-", " ").strip() if slash else None
-
-
-def caption_files(pictures: list[str], files: list[str]) -> list[str | None]:
-    """Return for each picture the .txt file of the same name, or None."""
-    by_stem = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
-    return [by_stem.get(os.path.splitext(name)[0]) for name in pictures]
-
-
-def caption_encodings(folder: Path, names: list[str], encoding: str | None, limit: Path) -> tuple[str, ...]:
-    """Return the encodings that captions are tried with: the given one, else UTF-8 and then what some look like."""
-    require_text_encoding(encoding)
-    if encoding is not None:
-        return (encoding,)
-    step = len(names) // CAPTION_FILES_TO_LOOK_AT + 1
-    contents = [raw for name in names[::step] if (raw := small_content(folder / name, limit)) is not None]
-    guess = guess_encoding(line for raw in contents if not decodes(raw) for line in raw.splitlines(keepends=True))
-    if guess is None:
-        return ("utf-8",)
-    console.say(f"{folder}: captions that are not UTF-8 are read as {guess}; if they look wrong, set data.encoding")
-    return ("utf-8", guess)
-
-
-def small_content(file: Path, limit: Path) -> bytes | None:
-    """Return the bytes of a file, None for one that holds no captions or lies outside: said when it is fetched."""
-    try:
-        real = file.resolve()
-        small = real.is_file() and real.stat().st_size <= LARGEST_CAPTION_BYTES
-        return real.read_bytes() if small and real.is_relative_to(limit.resolve()) else None
-    except OSError:
-        return None
+    return folder if slash else None
 
 
 def limit_of(folder: Path, options: SourceOptions) -> Path:
@@ -148,19 +106,60 @@ def limit_of(folder: Path, options: SourceOptions) -> Path:
     return wider if folder.resolve().is_relative_to(wider) else folder
 
 
-def require_classes(folder: Path, pictures: list[str]) -> None:
-    """Raise `DataError` unless pictures lie in at least two folders that are not parts such as train and val."""
+def require_classes(folder: Path, pictures: Sequence[str], files: Sequence[str], options: SourceOptions) -> None:
+    """Raise unless pictures lie in folders of classes: `DataError` without two, `ConfigError` where that is unclear."""
     classes = {name.partition("/")[0] for name in pictures if "/" in name}
-    if len(classes) >= 2 and not {name.lower() for name in classes} <= PARTS:
+    tables = lists_in(files) if options.needs == "captions" else []
+    if len(classes) < 2 or {name.lower() for name in classes} <= SPLITS:
+        refuse(folder, pictures, classes, tables)
+    if NAMES_OF_FOLDERS in options.captions or options.label_key == NAMES_OF_FOLDERS:
         return
-    tables = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
-    if classes and {name.lower() for name in classes} <= PARTS:
+    setting = "data.caption_key" if options.needs == "captions" else "eval.label_key"
+    if tables:
+        raise ConfigError(
+            f"{setting}: {folder} has pictures in folders and beside them {some_of(tables)}: name that as the source "
+            f"if the captions stand there, or set {setting} to {NAMES_OF_FOLDERS} if folders are called by captions"
+        )
+    odd = no_classes(classes)
+    if odd:
+        raise ConfigError(
+            f"{setting}: {folder} has no captions beside its pictures, and its folders ({some_of(odd)}) do not look "
+            f"like names of classes: set {setting} to {NAMES_OF_FOLDERS} if they are, or name a table with captions"
+        )
+
+
+def refuse(folder: Path, pictures: Sequence[str], classes: Collection[str], tables: Sequence[str]) -> None:
+    """Raise `DataError` for a folder without captions, saying what was looked for and what is there."""
+    hint = f"it holds {len(pictures)} pictures in {len(classes)} folders"
+    if tables:
+        several = len(tables) > 1
+        hint = f"it holds the table{'s' if several else ''} {some_of(tables)}: name {folder / tables[0]}"
+        hint += ", or several in a list" if several else ""
+    elif classes and {name.lower() for name in classes} <= SPLITS:
         hint = f"name one of its parts, such as {folder / min(classes)}"
-    elif tables:
-        hint = f"it holds the table {tables[0]}: name {folder / tables[0]}"
-    else:
-        hint = f"it holds {len(pictures)} pictures in {len(classes)} folders"
     raise DataError(
-        f"{folder}: no captions found: looked for {', '.join(METADATA_FILES)}, for pictures with a .txt file of the "
-        f"same name, and for two or more folders with the pictures of a class each; {hint}"
+        f"{folder}: no captions found: looked for {', '.join(METADATA_FILES)}, for pictures with a .txt or .caption "
+        f"file of the same name, and for two or more folders with the pictures of a class each; {hint}"
     )
+
+
+def lists_in(files: Sequence[str]) -> list[str]:
+    """Return the files of a folder, and of the folders in it, that are tables or look like lists of captions."""
+    shallow = [PurePosixPath(name) for name in files if name.count("/") <= 1]
+    found = [path for path in shallow if path.suffix.lower() in TABLE_SUFFIXES]
+    sure = [path for path in found if path.suffix.lower() not in (".json", ".txt")]
+    return [str(path) for path in found if path in sure or LIST_NAMES.search(path.stem)]
+
+
+def no_classes(names: Collection[str]) -> Collection[str]:
+    """Return the names of folders that are those of formats, or else all where most are numbers or codes."""
+    of_formats = {name for name in names if is_of_format(name)}
+    return of_formats or (names if are_codes({class_name(name) for name in names}) else ())
+
+
+def is_of_format(name: str) -> bool:
+    """Return whether a folder is called as formats have it, such as images, train2017 or 10_toy, and not as a class."""
+    words = [word for word in WORDS.findall(name) if not word.isdigit()]
+    if COUNTED.fullmatch(name):
+        return True
+    return bool(words) and OF_FORMATS.fullmatch(words[-1]) is not None

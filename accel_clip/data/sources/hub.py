@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from accel_clip.data.sources.base import SOURCES, Source
+from accel_clip.data.sources.parquet_files import broken_table_errors
 from accel_clip.data.sources.resolve import SAVED_DATASET_FILES
-from accel_clip.data.sources.table_files import broken_table_errors
 from accel_clip.faults import DataError
 from accel_clip.network import go_offline_without_hub
 

@@ -159,7 +159,7 @@ def stream_of(dataset: IterableDataset, name: str, folder: Path, options: Source
     if first is None:
         raise DataError(f"{name}: the dataset has no rows")
     source = source_over(first, name, folder, options)
-    if "://" in source.stored(0)[1]:
+    if "://" in source.found(0)[1]:
         raise DataError(
             f"{name}: its pictures are files of their own, which are not streamed: write hf: for hf-stream:"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -49,17 +50,18 @@ def numbers_in(cell: pyarrow.Scalar) -> numpy.ndarray:
 
 
 def usual_width(cells: pyarrow.ChunkedArray, column: str, name: str) -> int:
-    """Return how many numbers the first cell with numbers holds; raises `ConfigError` when the first rows have none."""
+    """Return how many numbers most of the first cells hold; raises `ConfigError` when the first rows have none."""
     problem: Exception | None = None
+    widths: Counter[int] = Counter()
     for cell in cells[:ROWS_TO_LOOK_AT]:
         try:
-            numbers = numbers_in(cell)
+            widths[len(numbers_in(cell))] += 1
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             problem = problem or error
-        else:
-            if len(numbers):
-                return len(numbers)
-    raise ConfigError(f"loss.options: the column '{column}' of {name} holds no lists of numbers ({problem})")
+    del widths[0]
+    if not widths:
+        raise ConfigError(f"loss.options: the column '{column}' of {name} holds no lists of numbers ({problem})")
+    return widths.most_common(1)[0][0]
 
 
 def require_columns(sources: Sequence[Source | Stream], columns: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from accel_clip.console import say
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import WITHOUT_PICTURE, UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.decode import looks_like
 from accel_clip.data.sources.base import Pair, Streamed
@@ -197,7 +197,7 @@ class RemoteShards:
             label = texts.label(self.label_rule) if self.label_rule else None
             picture = given(gathered.picture)
             if picture is None:
-                raise UnusableSample("missing_file", "the sample has no picture", gathered.key)
+                raise UnusableSample("missing_file", WITHOUT_PICTURE, gathered.key)
         except UnusableSample as problem:
             return UnusableSample(*problem.args)  # a new one: what was raised keeps all that was at hand in memory
         return Pair(picture, captions, label, weights=weights)

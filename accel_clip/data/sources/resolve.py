@@ -25,10 +25,11 @@ BUILT_IN = {
     "demo": "accel_clip.data.sources.demo",
     "hf": "accel_clip.data.sources.hub",
     "hf-stream": "accel_clip.data.sources.hub_stream",
+    "karpathy": "accel_clip.data.sources.karpathy_json",
 }
 """Registered names of this package, and the modules that register them when they are imported."""
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".json", ".txt", ".token")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 FORMS = (
     f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar or "
@@ -45,6 +46,10 @@ class SourceOptions(SourceConfig):
     """column(s) with captions and how often each is shown beside the others; empty = found by the usual names"""
     encoding: str | None = None
     """text encoding of tables and captions; null = found"""
+    quoting: str = "auto"
+    """what quotes mean in delimited text: auto, standard or none"""
+    caption_lines: bool | None = None
+    """whether each line of a text beside a picture is a caption; null = unless a blank line is in it"""
     label_key: str | None = None
     """column with the label; null = found by the usual names"""
     needs: str = "captions"
@@ -165,6 +170,8 @@ def complete(
         caption_key=own.caption_key or data.caption_key,
         captions=weight_by_column(own.caption_key or data.caption_key or ()),
         encoding=data.encoding,
+        quoting=data.quoting,
+        caption_lines=data.caption_lines,
         label_key=label_key,
         needs=needs,
         extra=extra,

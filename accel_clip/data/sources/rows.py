@@ -18,8 +18,8 @@ from pyarrow import types
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Pair, Source
+from accel_clip.data.sources.caption_files import CaptionFiles
 from accel_clip.data.sources.combine import HasKeys
-from accel_clip.data.sources.folder import CaptionFiles
 from accel_clip.data.sources.shards import TarShards
 from accel_clip.data.sources.table import TableSource
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import caption_too_large, weighted
-from accel_clip.data.sources.cells import parts_of, storable
+from accel_clip.data.sources.cells import captions_in, captions_of_text, storable
 from accel_clip.data.sources.columns import CAPTION_COLUMNS, LABEL_COLUMNS, usual_column
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.text_files import decode_text
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
 PICTURE_EXTENSIONS = tuple(sorted(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES))
-CAPTION_EXTENSIONS = ("txt",)
+CAPTION_EXTENSIONS = ("txt", "caption")
 LABEL_EXTENSIONS = ("cls", "label")
 USUAL_TEXTS = (*CAPTION_EXTENSIONS, *LABEL_EXTENSIONS)
 RECORD = "json"
@@ -36,6 +36,8 @@ class TextRule:
     """extensions and JSON keys, all of which are read, with their weights; without any, the first usual one there is"""
     usual_extensions: tuple[str, ...]
     usual_keys: tuple[str, ...]
+    each_line: bool | None = None
+    """whether each line of a text is one; None = unless blank lines are between them"""
 
     def extensions(self, present: Collection[str]) -> list[str]:
         """Return the extensions of members that hold such a text and nothing else."""
@@ -61,7 +63,10 @@ class SampleTexts:
 
     def captions(self, rule: TextRule) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Return the captions and their weights (see `captions.weighted`); raises `UnusableSample`."""
-        return weighted(self.by_key(rule), rule.named)
+        try:
+            return weighted(self.by_key(rule), rule.named)
+        except UnusableSample as problem:
+            raise UnusableSample(problem.reason, problem.detail, problem.path or self.path) from problem
 
     def label(self, rule: TextRule) -> str | None:
         """Return the first label, or None when there is none; raises `UnusableSample`."""
@@ -72,11 +77,14 @@ class SampleTexts:
         if rule.named:
             keys = rule.keys(self.extensions)
             record = self.record() if keys else {}
-            return {word: texts_in(record.get(word)) if word in keys else self.texts(word) for word in rule.named}
+            return {
+                word: texts_in(record.get(word)) if word in keys else self.texts(word, rule) or []
+                for word in rule.named
+            }
         for extension in rule.extensions(self.extensions):
-            text = self.text(extension)
-            if text is not None:
-                return {extension: [text]}
+            texts = self.texts(extension, rule)
+            if texts is not None:
+                return {extension: texts}
         record = self.record()
         key = usual_column(rule.usual_keys, list(record))
         return {} if key is None else {key: texts_in(record[key])}
@@ -84,17 +92,25 @@ class SampleTexts:
     def record(self) -> dict[str, Any]:
         """Return the object in the .json member, empty without one; raises `UnusableSample`."""
         text = self.text(RECORD)
-        try:
-            record = {} if text is None else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            detail, path = f"the member is not JSON that can be read: {error}", f"{self.path}.{RECORD}"
-            raise UnusableSample("caption_encoding", detail, path) from error
+        record = {} if text is None else self.parsed(text, RECORD)
         return record if isinstance(record, dict) else {}
 
-    def texts(self, extension: str) -> list[str]:
-        """Return the text in the member with that extension, in a list that is empty without one."""
+    def parsed(self, text: str, extension: str) -> Any:
+        """Return the JSON value in the member with that extension; raises `UnusableSample`."""
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            detail, path = f"the member is not JSON that can be read: {error}", f"{self.path}.{extension}"
+            raise UnusableSample("caption_encoding", detail, path) from error
+
+    def texts(self, extension: str, rule: TextRule) -> list[str] | None:
+        """Return the texts in the member with that extension, None without one; raises `UnusableSample`."""
         text = self.text(extension)
-        return [] if text is None else [text]
+        if text is None:
+            return None
+        if extension.endswith(f".{RECORD}"):
+            return texts_in(usual_value(self.parsed(text, extension), rule))
+        return captions_of_text(text, rule.each_line)
 
     def text(self, extension: str) -> str | None:
         """Return the text in the member with that extension, None without one; raises `UnusableSample`."""
@@ -125,14 +141,22 @@ def text_rules(options: SourceOptions) -> tuple[TextRule | None, TextRule | None
     """Return where captions are and where labels are; only what is needed is read."""
     if options.needs == "labels":
         named = {options.label_key: 1.0} if options.label_key else {}
-        return None, TextRule("eval.label_key", named, LABEL_EXTENSIONS, LABEL_COLUMNS)
-    return TextRule("data.caption_key", dict(options.captions), CAPTION_EXTENSIONS, CAPTION_COLUMNS), None
+        return None, TextRule("eval.label_key", named, LABEL_EXTENSIONS, LABEL_COLUMNS, each_line=False)
+    named = dict(options.captions)
+    return TextRule("data.caption_key", named, CAPTION_EXTENSIONS, CAPTION_COLUMNS, options.caption_lines), None
 
 
 def texts_in(value: Any) -> list[str]:
-    """Return the texts in a JSON value: one, or those in a list; objects and what is no text have none."""
-    parts = (part for part in parts_of(value) if isinstance(part, (str, int)) and not isinstance(part, bool))
-    return [storable(str(part)) for part in parts]
+    """Return the texts in a JSON value: one, or those in a list; raises `UnusableSample` for objects."""
+    return [storable(text) for text in captions_in(value)]
+
+
+def usual_value(value: Any, rule: TextRule) -> Any:
+    """Return what stands in an object under a usual key, or under its only one; other values as they are."""
+    if not isinstance(value, dict):
+        return value
+    key = usual_column(rule.usual_keys, list(value)) or (next(iter(value)) if len(value) == 1 else None)
+    return value if key is None else value[key]
 
 
 def endings_named(rule: TextRule, image_key: str | None) -> list[str]:

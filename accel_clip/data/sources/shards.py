@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from accel_clip import console
-from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.bad_samples import WITHOUT_PICTURE, UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.member_names import words_named, words_of_endings
@@ -120,7 +120,7 @@ class TarShards:
         shard, places = self.shard_of(index), self.samples.pictures
         offset, num_bytes = int(places.offsets[index]), int(places.sizes[index])
         if offset < 0:
-            raise UnusableSample("missing_file", "the sample has no picture", self.identity(index))
+            raise UnusableSample("missing_file", WITHOUT_PICTURE, self.identity(index))
         if num_bytes > LARGEST_PICTURE_BYTES:
             raise picture_too_large(num_bytes, self.identity(index))
         return self.reader.read(shard, offset, num_bytes)

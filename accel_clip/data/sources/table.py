@@ -6,9 +6,10 @@ Rows live in Arrow columns, never in Python lists: loader workers share them wit
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pyarrow
@@ -17,35 +18,45 @@ import xxhash
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import require_size, weighted
 from accel_clip.data.sources.base import Pair
-from accel_clip.data.sources.cells import path_in, texts_in
-from accel_clip.data.sources.columns import Columns, choose_columns, class_names, holds_bytes, holds_pictures
+from accel_clip.data.sources.cells import captions_in, parts_of
+from accel_clip.data.sources.class_names import class_name
+from accel_clip.data.sources.columns import Columns, choose_columns, class_names, of_one
+from accel_clip.data.sources.delimited import ROWS_AT_ONCE
+from accel_clip.data.sources.first_rows import look_at_rows
 from accel_clip.data.sources.numbers import numbers_of, usual_width
+from accel_clip.data.sources.picture_cells import Content, is_text, picture_in, picture_in_value
+from accel_clip.data.sources.picture_paths import find_picture
 from accel_clip.data.sources.stamps import NO_FILE, file_stamp
-from accel_clip.data.sources.table_files import READERS, ROWS_AT_ONCE
+from accel_clip.data.sources.table_content import TableContent
+from accel_clip.data.sources.table_files import read_table
 from accel_clip.faults import ConfigError, DataError
 
 if TYPE_CHECKING:
     from accel_clip.data.sources.resolve import SourceOptions
 
-REMOTE = ("http://", "https://", "s3://", "gs://")
-
 
 class TableSource:
-    """Pairs in the rows of an Arrow table; a picture is a path that starts from `root`, or bytes.
+    """Pairs in the rows of an Arrow table; a picture is a path that starts from `root`, or the picture itself.
 
-    A path must stay inside `limit` (default: `root`), links resolved. `table` may be a memory-mapped one of `datasets`,
-    so columns are looked up anew each time: arrays that are held would be copied when the source is pickled.
+    A path must stay inside `limit` (default: `root`), links resolved. broken: what is wrong with rows that are no
+    pairs, by place. `table` may be a memory-mapped one of `datasets`, so columns are looked up anew each time: arrays
+    that are held would be copied when the source is pickled.
     """
 
     def __init__(
-        self, name: str, table: pyarrow.Table, columns: Columns, root: Path, limit: Path | None = None
+        self,
+        name: str,
+        table: pyarrow.Table,
+        columns: Columns,
+        root: Path,
+        limit: Path | None = None,
+        broken: Mapping[int, str] | None = None,
     ) -> None:
-        self.name, self.columns = name, columns
+        self.name, self.columns, self.broken = name, columns, dict(broken or {})
         self.table = table.select(columns.names())
         self.class_names = class_names(table.schema, columns.names(), name)
         self.widths = {column: usual_width(table.column(column), column, name) for column in columns.extra}
-        kind = table.schema.field(columns.image).type
-        self.has_structs, self.has_bytes = holds_pictures(kind), holds_bytes(kind)
+        self.has_texts = is_text(of_one(table.schema.field(columns.image).type))
         self.root = os.path.abspath(root)
         self.limit = Path(os.path.realpath(limit or root))
 
@@ -53,27 +64,31 @@ class TableSource:
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> Pair:
+        if index in self.broken:
+            raise UnusableSample("unreadable", self.broken[index], self.name)
         image, (captions, weights) = self.image(index), self.captions(index)
         return Pair(image, captions, self.label(index), self.extra(index), weights)
 
     def key(self, index: int) -> str:
         """Return a picture's path from `root`, or a hash of its bytes: the same wherever the data lies."""
-        content, path = self.stored(index)
-        return path_from(self.root, path) if content is None else hash_of(content)
+        content, path = self.found(index)
+        return path_from(self.root, path) if content is None else hash_of(memoryview(content))
 
     def keys(self) -> Iterator[str]:
         """Yield the key of every pair: where pictures are paths, in a fraction of the time that `key` takes."""
-        if self.has_structs or self.has_bytes:
+        if not self.has_texts:
             yield from map(self.key, range(len(self)))
             return
         for batch in self.table.select([self.columns.image]).to_batches(max_chunksize=ROWS_AT_ONCE):
             for cell in batch.column(0).to_pylist():
-                yield path_from(self.root, path_in(cell))
+                content, path = without_problem(partial(picture_in_value, cell))
+                yield path_from(self.root, path) if content is None else hash_of(memoryview(content))
 
     def identity(self, index: int) -> str:
         """Return the key as all sources share it: a picture's absolute path, or a hash of its bytes."""
-        content, path = self.stored(index)
-        return os.path.normpath(os.path.join(self.root, path)) if content is None else hash_of(content)
+        content, path = self.found(index)
+        whole = os.path.normpath(os.path.join(self.root, path))
+        return whole if content is None else hash_of(memoryview(content))
 
     def stamp(self, index: int) -> int:
         """Return what tells whether a picture's file has changed; bytes have their key."""
@@ -88,15 +103,26 @@ class TableSource:
     def captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Return a row's captions without surrounding white space, empty ones left out, and their weights.
 
-        Raises `UnusableSample`.
+        Raises `UnusableSample` where no column has any and one of them holds something else.
         """
-        texts = {column: self.texts(column, index) for column in self.columns.captions}
+        texts: dict[str, list[str]] = {}
+        problems: list[UnusableSample] = []
+        for column in self.columns.captions:
+            try:
+                texts[column] = self.texts(column, index)
+            except UnusableSample as problem:
+                problems.append(problem)
         captions, weights = weighted(texts, self.columns.weights)
+        if problems and not captions:
+            raise problems[0]
         return require_size(captions), weights
 
     def label(self, index: int) -> str | None:
-        """Return a row's label, or None when it has none."""
-        found = self.texts(self.columns.label, index) if self.columns.label else []
+        """Return a row's label, or None when it has none, or none that is text."""
+        try:
+            found = self.texts(self.columns.label, index) if self.columns.label else []
+        except UnusableSample:
+            return None
         return next((text.strip() for text in found if text.strip()), None)
 
     def extra(self, index: int) -> dict[str, numpy.ndarray]:
@@ -107,50 +133,69 @@ class TableSource:
         }
 
     def texts(self, column: str, index: int) -> list[str]:
-        """Return the texts in a cell; the numbers of classes are replaced by their names."""
+        """Return the captions in a cell; the numbers of classes are replaced by their names."""
         value = self.table.column(column)[int(index)].as_py()
         names = self.class_names.get(column)
-        if names is not None and isinstance(value, int):
-            return [names[value]] if 0 <= value < len(names) else []
-        return texts_in(value)
+        try:
+            found = captions_in(value if names is None else [named(number, names) for number in parts_of(value)])
+        except UnusableSample as problem:
+            raise UnusableSample(problem.reason, f"the column '{column}': {problem.detail}") from problem
+        return [class_name(text) for text in found] if names is not None or column == self.columns.label else found
 
-    def stored(self, index: int) -> tuple[memoryview | None, str]:
-        """Return a picture's bytes, not copied, or None and its path as it is written."""
-        cell = self.table.column(self.columns.image)[int(index)]
-        content, path = (cell["bytes"], cell["path"]) if self.has_structs else (cell, cell)
-        if (self.has_structs or self.has_bytes) and content.is_valid:
-            return memoryview(content.as_buffer()), ""
-        return None, path_in(path.as_py())
+    def stored(self, index: int) -> tuple[Content | None, str]:
+        """Return a picture's bytes, those of the table not copied, or None and its path; raises `UnusableSample`."""
+        try:
+            return picture_in(self.table.column(self.columns.image)[int(index)])
+        except UnusableSample as problem:
+            detail = f"the column '{self.columns.image}': {problem.detail}"
+            raise UnusableSample(problem.reason, detail, f"{self.name}, row {index + 1}") from problem
+
+    def found(self, index: int) -> tuple[Content | None, str]:
+        """Return what `stored` does, and an empty path where that raises: such rows share a key."""
+        return without_problem(partial(self.stored, index))
 
     def file(self, path: str) -> Path:
-        """Return the file that a path stands for, links resolved; raises `UnusableSample` outside of the limit."""
+        """Return the file that a path means, links resolved; raises `UnusableSample` outside of the limit."""
         if not path:
             raise UnusableSample("missing_file", f"the column '{self.columns.image}' is empty")
-        try:
-            real = Path(os.path.realpath(os.path.join(self.root, path)))
-        except ValueError as error:  # a null character
-            raise UnusableSample("missing_file", str(error), path) from error
-        if not real.is_relative_to(self.limit):
-            raise UnusableSample("outside_root", f"{real} is outside of {self.limit} (see data.image_root)", path)
-        return real
+        return find_picture(self.root, self.limit, path)[0]
+
+
+def without_problem(stored: Callable[[], tuple[Content | None, str]]) -> tuple[Content | None, str]:
+    """Return a picture's bytes or its path, which is empty where there is neither."""
+    try:
+        return stored()
+    except UnusableSample:
+        return None, ""
+
+
+def named(number: Any, names: Sequence[str]) -> str | None:
+    """Return the name of a class by its number; None where it has none, as -1 stands for no class."""
+    is_number = isinstance(number, int) and not isinstance(number, bool)
+    return (names[number] if 0 <= number < len(names) else None) if is_number else number
 
 
 def open_table(path: Path, options: SourceOptions) -> TableSource:
     """Return the pairs of a table file; paths start from `data.image_root`, by default the table's folder."""
-    table = READERS[path.suffix.lower()](path, options.encoding)
-    return source_over(table, str(path), path.parent, options)
+    return open_content(read_table(path, options), str(path), options)
 
 
-def source_over(table: pyarrow.Table, name: str, folder: Path, options: SourceOptions) -> TableSource:
+def open_content(content: TableContent, name: str, options: SourceOptions) -> TableSource:
+    """Return the pairs of what was read from a file."""
+    return source_over(content.table, name, content.folder, options, content.broken)
+
+
+def source_over(
+    table: pyarrow.Table, name: str, folder: Path, options: SourceOptions, broken: Mapping[int, str] | None = None
+) -> TableSource:
     """Return the pairs of an Arrow table, its columns chosen by the options; raises `ConfigError` and `DataError`."""
     if table.num_rows == 0:
         raise DataError(f"{name}: the table has no rows")
     root = Path(options.image_root).expanduser() if options.image_root else folder
     if options.image_root and not root.is_dir():
         raise ConfigError(f"data.image_root: '{root}' is no folder: name the folder that picture paths start from")
-    source = TableSource(name, table, choose_columns(table.schema, options, name), root)
-    if source.stored(0)[1].startswith(REMOTE):
-        raise DataError(f"{name}: the column '{source.columns.image}' holds addresses: download the pictures first")
+    source = TableSource(name, table, choose_columns(table.schema, options, name), root, broken=broken)
+    look_at_rows(source)
     return source
 
 
