@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from accel_clip.config import Config
 from accel_clip.data.sources.resolve import locate
+from accel_clip.environment import check_environment
 from accel_clip.models.description import check_described
 from accel_clip.plugins import load_plugins
 from accel_clip.redaction import refuse_credentials
@@ -17,7 +19,8 @@ Check = Callable[[], object]
 
 
 def check_files(config: Config) -> None:
-    """Raise for a model's file, a run folder, a plugin or data that cannot be used; torch is not imported for it."""
+    """Raise for a launch, a model's file, a run folder, a plugin or data that cannot be used; torch is not imported."""
+    check_environment(os.environ, config.train)
     refuse_credentials(config.to_dict())
     check_described(config.model)
     check_folder(config)

@@ -155,6 +155,9 @@ def eval_command(arguments: list[str]) -> None:
     config = parse_config([word for word in arguments if word != "--json"], "accel-clip eval", EVAL_HELP)
     if config.data.val is None and config.eval.zero_shot is None:
         raise ConfigError("data.val: name the held-out pairs to evaluate on, or labelled pictures as eval.zero_shot")
+    from accel_clip.environment import check_environment
+
+    check_environment(os.environ, config.train)
     from accel_clip.evaluation.command import evaluate
 
     metrics = evaluate(config)

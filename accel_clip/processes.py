@@ -1,4 +1,4 @@
-"""The processes of a run: launches that do not fit together, the `Accelerator`, its precision and its threads."""
+"""The processes of a run: the `Accelerator` as the settings ask for it, its precision and its threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -18,23 +18,13 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
-from accel_clip.faults import AccelClipError, ConfigError
+from accel_clip.environment import check_environment, refusal
+from accel_clip.faults import AccelClipError, ConfigError, one_line
 from accel_clip.signals import has_launcher
 from accel_clip.watchdog import LONG_SECONDS
 
-
-def check_launch(environment: dict[str, str]) -> None:
-    """Raise `ConfigError` when several processes were asked for and one was started.
-
-    `accelerate launch --cpu --num_processes 2` sets a rendezvous address and no `WORLD_SIZE`: one process starts, and
-    says nothing.
-    """
-    if "MASTER_PORT" in environment and "WORLD_SIZE" not in environment:
-        raise ConfigError(
-            "several processes were asked for and only this one was started: for two processes on a CPU use "
-            "'accelerate launch --config_file accelerate_configs/cpu_2.yaml train.py'; "
-            "for one, leave --num_processes away (or unset MASTER_PORT)"
-        )
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+"""Ways of Accelerate's to train under which a step has not been shown to be exact."""
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -42,27 +32,29 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises `ConfigError` when the launcher's processes did not find each other, or for a precision this machine lacks.
     """
-    check_launch(dict(os.environ))
+    check_environment(os.environ, config)
+    check_device(os.environ)
     stay_on_this_machine(os.environ)
     set_threads(config.threads)
     allow_tf32()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     forget_previous_accelerator()
+    precision = choose_precision(config.precision, os.environ)
     try:
         accelerator = Accelerator(
             cpu=world_size > 1 and torch.accelerator.device_count() < num_local_processes(),
-            mixed_precision=choose_precision(config.precision, dict(os.environ)),
+            mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONG_SECONDS))],  # behind the watchdog
         )
     except ValueError as error:
-        raise ConfigError(f"train.precision: '{config.precision}' does not work on this machine: {error}") from error
+        raise ConfigError(describe_refusal(error, precision)) from error
     if accelerator.num_processes != world_size:
         raise ConfigError(
             f"the launcher started {world_size} processes and this one sees {accelerator.num_processes}: "
             "launch with one of the files in accelerate_configs/"
         )
-    refuse_sharding(accelerator)
+    require_as_asked(accelerator, precision, config.accumulate)
     return accelerator
 
 
@@ -77,11 +69,49 @@ def stay_on_this_machine(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raise `ConfigError` for FSDP and DeepSpeed, under which the step has not been shown to be exact."""
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ConfigError(f"{kind} is not supported: launch with accelerate_configs/multi_gpu.yaml")
+def check_device(environment: Mapping[str, str]) -> None:
+    """Say that the environment chooses the device; raises `ConfigError` for one that is not there, or for several."""
+    name = "ACCELERATE_TORCH_DEVICE"
+    if name not in environment:
+        return
+    value, way_out = environment[name], "unset it, and choose by CUDA_VISIBLE_DEVICES or accelerate launch --gpu_ids"
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise refusal(name, value, "every process would train on this one device", way_out)
+    try:
+        torch.empty(1, device=value).item()
+    except (RuntimeError, AssertionError) as error:  # unknown, missing, or without numbers (meta)
+        raise refusal(name, value, one_line(error, 100), way_out) from error
+    say(f"{name}: training on {value}")
+
+
+def describe_refusal(error: ValueError, precision: str) -> str:
+    """Return in one line why Accelerate could not be set up."""
+    if precision != "no" and precision in str(error):
+        return f"train.precision: '{precision}' does not work on this machine: {error}"
+    return f"these processes cannot be set up: {one_line(error)}: launch with one of the files in accelerate_configs/"
+
+
+def require_as_asked(accelerator: Accelerator, precision: str, accumulate: int) -> None:
+    """Raise `ConfigError` where an `Accelerator` is another than was asked for: the environment has a say in it."""
+    state, loading = accelerator.state, accelerator.dataloader_config
+    asked_and_built = {
+        "mixed precision": (precision, accelerator.mixed_precision),
+        "gradient accumulation": (accumulate, accelerator.gradient_accumulation_steps),
+        "torch.compile": ("NO", state.dynamo_plugin.backend.value),
+        "sharding": (None, next((kind for kind in SHARDED if accelerator.distributed_type.value == kind), None)),
+        "FSDP": (None, getattr(state, "fsdp_plugin", None)),
+        "DeepSpeed": (None, state.deepspeed_plugins),
+        "parallelism": (None, state.parallelism_config),
+        "fp8": (False, accelerator.fp8_enabled),
+        "split batches": (False, loading.split_batches),
+        "device placement": (True, accelerator.device_placement),
+    }
+    for what, (asked, built) in asked_and_built.items():
+        if asked != built:
+            raise ConfigError(
+                f"{what}: {asked} was asked for, and Accelerate is set to {built} by its environment: launch with one "
+                "of the files in accelerate_configs/, without variables that begin with ACCELERATE_"
+            )
 
 
 def forget_previous_accelerator() -> None:
@@ -91,16 +121,19 @@ def forget_previous_accelerator() -> None:
         GradientState._reset_state()
 
 
-def choose_precision(setting: str, environment: dict[str, str]) -> str | None:
-    """Return the mixed precision to ask Accelerate for; None leaves the launcher's choice.
+def choose_precision(setting: str, environment: Mapping[str, str]) -> str:
+    """Return the mixed precision to ask Accelerate for.
 
     `accelerate launch` always writes its `no`, so that counts as unset. Emulated bf16 (T4, V100) does not count as
     bf16: it is slower than fp32.
     """
+    launchers = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if setting != "auto":
+        if launchers not in ("no", setting):
+            say(f"ACCELERATE_MIXED_PRECISION is {launchers}, and train.precision {setting} is what is done")
         return setting
-    if environment.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16", "fp8"):
-        return None
+    if launchers != "no":
+        return launchers
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "no"

@@ -17,7 +17,10 @@ FLOORS = (
         *("faults", "signals", "watchdog", "meters", "stopping", "randomness", "console", "run_state"),
         *("redaction", "network", "files", "typed", "typed_json", "saved_state"),
     ),
-    ("registry", "config", "command_line", "run_folder", "plugins", "processes", "tracking", "checkpoint", "resume"),
+    (
+        *("registry", "config", "command_line", "run_folder", "plugins", "environment", "processes", "tracking"),
+        *("checkpoint", "resume"),
+    ),
     ("data", "models", "optim", "losses"),
     (
         *("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),

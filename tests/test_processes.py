@@ -224,7 +224,9 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monke
         num_processes = 1
 
     monkeypatch.setattr("accel_clip.processes.Accelerator", lambda **_: object.__new__(Alone))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", **place}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="started 2 processes and this one sees 1"):
         build_accelerator(TrainConfig())
 
@@ -233,14 +235,13 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monke
     ("setting", "launcher", "expected"),
     [
         ("auto", "no", "no"),
-        ("auto", "bf16", None),
-        ("auto", "fp8", None),
+        ("auto", "bf16", "bf16"),
         ("bf16", "fp16", "bf16"),
         ("no", "bf16", "no"),
     ],
 )
 def test_the_setting_wins_over_the_launcher_and_its_no_counts_as_unset(
-    setting: str, launcher: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+    setting: str, launcher: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_precision(setting, {"ACCELERATE_MIXED_PRECISION": launcher}) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from accel_clip.check import name_checks, source_checks
 from accel_clip.config import Config
 from accel_clip.console import say
+from accel_clip.environment import check_environment
 from accel_clip.files.marked import require_own
 from accel_clip.plugins import load_plugins
 from accel_clip.preflight.advice import warnings_about
@@ -71,6 +73,7 @@ def report_on(arguments: list[str], description: str, asked: Asked, index_folder
 
 def check_everything_named(config: Config, problems: Problems) -> None:
     """Take in every folder, file and name that cannot be used; names that plugins register need the plugins."""
+    problems.attempt(partial(check_environment, os.environ, config.train))
     problems.attempt(partial(refuse_credentials, config.to_dict()))
     problems.attempt(partial(check_folder, config))
     for file in config.plugins:
