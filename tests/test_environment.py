@@ -1,4 +1,4 @@
-"""The environment of a launch: every variable that Accelerate reads is followed and said, refused, or without effect."""
+"""The environment of a launch: every variable that Accelerate reads is followed and said, refused, or of no effect."""
 
 from __future__ import annotations
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config, load_state_dict
-from safetensors import SafetensorError
+from open_clip.factory import get_model_config
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
@@ -31,17 +27,22 @@ from accel_clip.models.description import (
     read_description,
 )
 from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
+from accel_clip.models.preprocessing import with_expected
 from accel_clip.models.size import require_room
+from accel_clip.models.skeleton import shapes_of
+from accel_clip.models.weights import (
+    BROKEN_WEIGHTS,
+    MORE_THAN_TENSORS,
+    TOWER_WEIGHTS,
+    more_than_tensors,
+    read_for,
+    tensors_alone,
+    weights_of_tower,
+)
 from accel_clip.network import go_offline_without_hub
 
 TINY = Path(__file__).parent / "tiny.json"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
-TOWER_WEIGHTS = ("pretrained_image_path", "pretrained_text_path")
-BROKEN_WEIGHTS = (
-    *(RuntimeError, AttributeError, LookupError, ValueError, EOFError, StopIteration, RecursionError, SafetensorError),
-    *(ArithmeticError, AssertionError, MemoryError),
-)
-"""What the readers of weights raise for files that hold none, or those of another model."""
 NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
 
 
@@ -65,6 +66,8 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
     options = creation_options(config)
     if needs_hub(name, config.pretrained):
         go_offline_without_hub()
+    check_pretrained(name, config)
+    options = with_expected(name, config.pretrained, options, has_quick_gelu(name))
     model_config = resolved_config(name, options)
     refuse_foreign_code(name, model_config)
     if needs_logit_bias and "init_logit_bias" not in model_config:
@@ -73,7 +76,6 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
             start["init_logit_scale"] = math.log(SIGLIP_LOGIT_SCALE)
         options, model_config = {**start, **options}, {**start, **model_config}
     with tensors_alone(), without_foreign_code():
-        check_tower_weights(options)
         clip = create(name, config, options, model_config)
     check_description(clip.visual.preprocess_cfg, Preprocessing, f"model.name: {config.name}: preprocess_cfg")
     if not has_weights(config):
@@ -210,18 +212,19 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
+def has_quick_gelu(name: str) -> bool:
+    """Return whether a model's description asks for OpenAI's approximation of GELU."""
+    return bool(read_config(name).get("quick_gelu"))
+
+
 def has_weights(config: ModelConfig) -> bool:
     """Return whether the model starts from weights."""
     return config.pretrained is not None or config.name.startswith(("hf-hub:", "local-dir:"))
 
 
-def create(name: str, config: ModelConfig, options: dict[str, Any], model_config: dict[str, Any]) -> Any:
-    """Return open_clip's model; its errors come back with the setting that caused them.
-
-    model_config: the description with the options in it.
-    """
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    pretrained = config.pretrained
+def check_pretrained(name: str, config: ModelConfig) -> None:
+    """Raise `ConfigError` for weights that are neither a file nor a tag of the model."""
+    tags, pretrained = open_clip.list_pretrained_tags_by_model(name), config.pretrained
     if pretrained is not None and ":" in name:
         raise ConfigError(f"model.pretrained: '{config.name}' brings its own weights: leave model.pretrained away")
     if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
@@ -230,63 +233,37 @@ def create(name: str, config: ModelConfig, options: dict[str, Any], model_config
             f"model.pretrained: '{pretrained}' is no file and no tag of '{name}'{nearest(pretrained, tags) or ';'} "
             f"tags: {known}"
         )
+
+
+def create(name: str, config: ModelConfig, options: dict[str, Any], model_config: dict[str, Any]) -> Any:
+    """Return open_clip's model; its errors come back with the setting that caused them.
+
+    model_config: the description with the options in it.
+    """
+    pretrained = config.pretrained
     what = f"model.pretrained: '{pretrained}'" if pretrained else f"model.name: '{config.name}'"
     logging.getLogger().addFilter(_is_not_random_notice)
     try:
         require_room(model_config, what)
-        return open_clip.create_model(
-            name, pretrained, output_dict=True, **{"require_pretrained": has_weights(config), **options}
-        )
+        files = {key: str(options[key]) for key in TOWER_WEIGHTS if options.get(key) is not None}
+        shapes = shapes_of(model_config) if has_weights(config) or files else {}
+        towers = [(file, weights_of_tower(file, key, shapes)) for key, file in files.items()]
+        with read_for(shapes, towers):
+            return open_clip.create_model(
+                name, pretrained, output_dict=True, **{"require_pretrained": has_weights(config), **options}
+            )
     except TypeError as error:
         cause = f"model.options: {config.options} does not suit '{config.name}'" if config.options else what
         raise ConfigError(f"{cause}: {one_line(error)}") from error
-    except pickle.UnpicklingError as error:
+    except MORE_THAN_TENSORS as error:
         raise more_than_tensors(what) from error
     except BROKEN_WEIGHTS as error:
-        is_download = pretrained in tags or name.startswith("hf-hub:")
+        is_download = pretrained in open_clip.list_pretrained_tags_by_model(name) or name.startswith("hf-hub:")
         raise (DataError if is_download else ConfigError)(f"{what}: {one_line(error)}") from error
     except OSError as error:
         raise DataError(f"model.name: '{config.name}' cannot be downloaded or read: {one_line(error)}") from error
     finally:
         logging.getLogger().removeFilter(_is_not_random_notice)
-
-
-@contextmanager
-def tensors_alone() -> Iterator[None]:
-    """Keep `torch.load` to tensors, whichever library calls it and whatever the environment allows."""
-    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def check_tower_weights(options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for weights of a tower that cannot be read: open_clip would go on with random ones."""
-    for key in TOWER_WEIGHTS:
-        file = options.get(key)
-        if file is None:
-            continue
-        try:
-            load_state_dict(file)
-        except pickle.UnpicklingError as error:
-            raise more_than_tensors(f"model.options.{key}: '{file}'") from error
-        except (*BROKEN_WEIGHTS, TypeError, OSError) as error:
-            raise ConfigError(f"model.options.{key}: '{file}': {one_line(error)}") from error
-
-
-def more_than_tensors(what: str) -> ConfigError:
-    """Return the error for pickled weights that torch refuses to load."""
-    return ConfigError(
-        f"{what} holds more than tensors, which loading it would run: use a .safetensors file, or save its state dict "
-        "alone"
-    )
 
 
 def build_tokenizer(name: str, context_length: int | None) -> Callable[[list[str]], Tensor]:
