@@ -46,7 +46,7 @@ def assemble(config: Config, accelerator: Accelerator, loss: Loss, model: ClipMo
     if config.train.activation_checkpointing:
         recompute_activations(model.clip)
     if config.train.compile:
-        compile_blocks(model.clip)
+        compile_blocks(model.clip, accelerator.device)
     named = [*model.clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(loss.parameters()))]
     optimizer = build_optimizer(named, config.optim, no_decay_names(model.clip))
     training_model = keep_buffers_local(TrainingModel(model, anatomy.separate))

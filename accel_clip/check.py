@@ -12,7 +12,7 @@ from accel_clip.environment import check_environment
 from accel_clip.models.description import check_described
 from accel_clip.plugins import load_plugins
 from accel_clip.redaction import refuse_credentials
-from accel_clip.resume import check_folder
+from accel_clip.resume import check_folder, described_model
 
 Check = Callable[[], object]
 """One look at one setting; it raises when the setting cannot work, whatever the others are."""
@@ -22,7 +22,8 @@ def check_files(config: Config) -> None:
     """Raise for a launch, a model's file, a run folder, a plugin or data that cannot be used; torch is not imported."""
     check_environment(os.environ, config.train)
     refuse_credentials(config.to_dict())
-    check_described(config.model)
+    if described_model(config) is None:  # a run that goes on has it in its checkpoint
+        check_described(config.model)
     check_folder(config)
     check_sources(config)
 
@@ -64,6 +65,8 @@ def name_checks(config: Config) -> Iterator[Check]:
     yield partial(check_optimizer, config.optim)
     from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
 
+    if described_model(config) is not None:
+        return
     yield partial(registered_name, config.model.name)
     if config.data.transforms:
         yield partial(check_transforms, config)

@@ -175,6 +175,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_ranges(self, "model.")
 
+    @property
+    def trains_weights(self) -> bool:
+        """Return whether weights from elsewhere are trained: those of the model, or of a tower that is not frozen."""
+        given = [side for side in ("image", "text") if self.options.get(f"pretrained_{side}_path")]
+        whole = self.pretrained is not None or self.name.startswith(("hf-hub:", "local-dir:"))
+        return whole or any(side not in self.freeze for side in given)
+
 
 @dataclass(frozen=True)
 class LossConfig:

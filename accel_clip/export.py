@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import open_clip
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,14 +26,41 @@ from accel_clip.faults import ConfigError, DataError, StorageError, one_line
 from accel_clip.files.lock import LOCK
 from accel_clip.files.marked import MARK, Draft, require_own, settle
 from accel_clip.models.build import ClipModel, build_model, tokenizer_of
+from accel_clip.models.tower_files import IN_FOLDER, ON_HUB, placed
 from accel_clip.run_folder import EXPORT, RunFolder
+from accel_clip.saved_state import ModelState
 from accel_clip.typed_json import WrongContent, read_json
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+TOWERS = "config.json"  # as timm and transformers call it
 METRICS = "metrics.json"
 CARD = "README.md"
 OF_THE_MODEL = "clip."  # what a checkpoint puts before the names of the model's weights
+
+
+class Described(Protocol):
+    """What is needed to describe a model: an export has it, and a model that is trained."""
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """Return the architecture, as `open_clip_config.json` has it."""
+        ...
+
+    @property
+    def preprocess_config(self) -> Mapping[str, Any]:
+        """Return how pictures are prepared."""
+        ...
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """Return what timm and transformers need beside it."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,14 +70,17 @@ class Exported:
     weights: Mapping[str, Tensor]
     model_config: Mapping[str, Any]
     preprocess_config: Mapping[str, Any]
-    tokenizer: object
+    tokenizer: Any
     metrics: Mapping[str, float]
     """What the model card says of the model."""
+    towers: Mapping[str, Any] = field(default_factory=dict)
+    """What timm and transformers need beside it."""
 
 
 def exported_model(model: ClipModel, metrics: Mapping[str, float]) -> Exported:
     """Return a model as it is now as an export."""
-    return Exported(copy_of_weights(model), model.model_config, model.preprocess_config, model.tokenizer, metrics)
+    described = (model.model_config, model.preprocess_config, model.tokenizer)
+    return Exported(copy_of_weights(model), *described, metrics, model.towers)
 
 
 def write_export(folder: Path, exported: Exported) -> None:
@@ -56,18 +88,28 @@ def write_export(folder: Path, exported: Exported) -> None:
 
     A folder that is there is replaced once the new one is whole. Raises `StorageError` when it cannot be written.
     """
-    config = {"model_cfg": exported.model_config, "preprocess_cfg": exported.preprocess_config}
     try:
         with Draft(folder, EXPORT) as draft:
             save_file(plain_tensors(exported.weights), draft.path / WEIGHTS)
-            (draft.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_description(draft.path, exported, str(folder.resolve()), IN_FOLDER)
             (draft.path / METRICS).write_text(json.dumps(dict(exported.metrics), indent=2) + "\n", encoding="utf-8")
-            if hasattr(exported.tokenizer, "save_pretrained"):  # those from the hub; open_clip's own needs no files
-                exported.tokenizer.save_pretrained(str(draft.path))
             model_card(folder.absolute().parent.name, exported.metrics).save(draft.path / CARD)
             draft.publish(editable=(CARD, CONFIG, METRICS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise StorageError(f"{folder}: the export could not be written: {error}") from error
+
+
+def write_description(folder: Path, exported: Described, place: str, of_timm: str) -> None:
+    """Write all that open_clip needs beside the weights; `place` is where it will find them: see `placed`."""
+    config = {
+        "model_cfg": placed(exported.model_config, exported.towers, place, of_timm),
+        "preprocess_cfg": exported.preprocess_config,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if exported.towers:
+        (folder / TOWERS).write_text(json.dumps(exported.towers, indent=2) + "\n", encoding="utf-8")
+    if hasattr(exported.tokenizer, "save_pretrained"):  # those from the hub; open_clip's own needs no files
+        exported.tokenizer.save_pretrained(str(folder))
 
 
 def export_run(run: Path, to: Path | None) -> Path:
@@ -115,8 +157,25 @@ def model_in(checkpoint: Checkpoint, is_best: bool) -> Exported:
         for name, tensor in load_weights(checkpoint).items()
         if name.startswith(OF_THE_MODEL)
     }
-    tokenizer = tokenizer_of(ModelConfig(**asdict(state.config.model)))
-    return Exported(weights, described.model_config, described.preprocess_config, tokenizer, measured or {})
+    tokenizer = tokenizer_described(described, ModelConfig(**asdict(state.config.model)))
+    return as_exported(described, weights, tokenizer, measured or {})
+
+
+def as_exported(
+    described: ModelState, weights: Mapping[str, Tensor], tokenizer: Any, metrics: Mapping[str, float]
+) -> Exported:
+    """Return the export of a model that a checkpoint describes."""
+    parts = (described.model_config, described.preprocess_config, tokenizer)
+    return Exported(weights, *parts, metrics, described.towers)
+
+
+def tokenizer_described(described: ModelState, config: ModelConfig) -> Any:
+    """Return the tokenizer of a model that a checkpoint describes; one of transformers from where it came from."""
+    if described.model_config["text_cfg"].get("hf_tokenizer_name"):
+        return tokenizer_of(config)
+    with tempfile.TemporaryDirectory() as folder:
+        write_description(Path(folder), as_exported(described, {}, None, {}), folder, IN_FOLDER)
+        return open_clip.get_tokenizer(f"{IN_FOLDER}{folder}")
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -185,9 +244,16 @@ def push_to_hub(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    towers = folder / TOWERS
+    needs = json.loads(towers.read_text(encoding="utf-8")) if towers.is_file() else {}
+    described["model_cfg"] = placed(described["model_cfg"], needs, repository, ON_HUB)
     try:
         interface = HfApi()
         interface.create_repo(repository, exist_ok=True)
-        return str(interface.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[MARK, LOCK]))
+        config = (json.dumps(described, indent=2) + "\n").encode()
+        interface.upload_file(repo_id=repository, path_or_fileobj=config, path_in_repo=CONFIG)
+        ignored = [MARK, LOCK, CONFIG]
+        return str(interface.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=ignored))
     except (HfHubHTTPError, OSError) as error:
         raise DataError(f"--push {repository}: {error}") from error

@@ -122,15 +122,22 @@ def recognise(error: RuntimeError) -> AccelClipError | None:
         )
     worker = WORKER_IS_GONE.search(text)
     if worker is not None:
-        how = worker["signal"]
-        return WorkerKilled(
-            f"a data worker (process {worker['pid']}) {'was killed: ' + how if how else 'ended by itself'}: most often "
-            "the memory of the machine or its container is short: lower data.workers, data.prefetch or "
-            "train.batch_size; data.workers 0 shows whether a picture crashes the decoder"
-        )
+        return WorkerKilled(f"a data worker (process {worker['pid']}) {end_of_worker(worker['signal'])}")
     if SPEAKS_OF_COLLECTIVES.search(text) and PEER_IS_GONE.search(text):
         return PeerEnded(f"rank {os.environ.get('RANK', '0')}: another process ended; see its error above")
     return None
+
+
+def end_of_worker(signal: str | None) -> str:
+    """Return how a loader process ended, and what to do: only the kernel kills for memory, by SIGKILL."""
+    if signal is None:
+        return "ended by itself: its own error stands above; data.workers 0 shows it in this process"
+    if signal == "Killed":
+        return (
+            "was killed: Killed: most often the memory of the machine or its container is short: lower data.workers, "
+            "data.prefetch or train.batch_size"
+        )
+    return f"was ended by a signal: {signal}: data.workers 0 shows whether a picture crashes the decoder"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from accel_clip.config import Config
 from accel_clip.console import say
 from accel_clip.data.batch import Batch
 
+HIGH_RATE_FOR_WEIGHTS = 5e-5
 SAMPLES_SHOWN = 16
 STEPS_BEFORE_A_JUDGEMENT = 200
 CHANCE_MARGIN = 0.02  # below ln(batch), in nats: a loss that has learnt anything is further down
@@ -98,3 +100,18 @@ def warn_of_collapse(step: int, mean_cosines: Mapping[str, float]) -> None:
                 f"warning: at step {step} the features of different {name} are nearly equal (mean cosine "
                 f"{mean_cosine:.3f}): lower optim.lr, or look whether the data is varied"
             )
+
+
+def rate_warning(config: Config) -> str | None:
+    """Return what to say of a learning rate that trained weights do not bear, None where none is as high."""
+    by_name = {name: rate for name, rate in config.optim.lr_by_name.items() if not name.startswith("logit")}
+    rates = {f"optim.lr_by_name.{name}": rate for name, rate in by_name.items()}
+    if not {"image", "text"} <= set(by_name):
+        rates["optim.lr"] = config.optim.lr
+    key = max(rates, key=lambda name: rates[name])
+    if not config.model.trains_weights or rates[key] <= HIGH_RATE_FOR_WEIGHTS:
+        return None
+    return (
+        f"{key}: {rates[key]:g} is far above what trained weights bear: they forget what they know; 1e-5 is usual, "
+        f"up to {HIGH_RATE_FOR_WEIGHTS:g} may do (recipes/finetune.yaml)"
+    )

@@ -18,6 +18,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.files.lock import held_error, is_held
 from accel_clip.files.marked import stands_whole
 from accel_clip.run_folder import RunFolder
+from accel_clip.saved_state import ModelState
 from accel_clip.typed_json import WrongContent, read_json
 
 MAY_CHANGE = (
@@ -80,6 +81,25 @@ def settings_of(folder: RunFolder, otherwise: Config) -> Config:
         with suppress(OSError, WrongContent, ConfigError):
             return config_of(read_json(checkpoint / "state.json", WithSettings).config)
     return otherwise
+
+
+@dataclass(frozen=True)
+class WithModel:
+    """What of a checkpoint's `state.json` describes the model."""
+
+    model: ModelState
+
+
+def described_model(config: Config) -> ModelState | None:
+    """Return how the newest checkpoint describes the model of the run that goes on, None where none does."""
+    chosen = config.checkpoint.resume
+    if chosen == "never":
+        return None
+    paths = newest_first(RunFolder(config.output_dir).checkpoints) if chosen == "auto" else [Path(chosen)]
+    for checkpoint in paths:
+        with suppress(OSError, WrongContent):
+            return read_json(checkpoint / "state.json", WithModel).model
+    return None
 
 
 def say_changes(config: Config) -> None:

@@ -5,7 +5,7 @@ Names are those of the parts' own `state_dict`; what stands there beside them is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from accel_clip.run_state import Count, RunState
@@ -76,10 +76,11 @@ class PlanState:
 
 @dataclass(frozen=True)
 class ModelState:
-    """The two halves of the model's `open_clip_config.json`."""
+    """The two halves of the model's `open_clip_config.json`, and the `config.json` of its towers."""
 
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
+    towers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,12 @@ from accel_clip.health import (
     describe_non_finite,
     gathered_samples,
     is_finite,
+    rate_warning,
     warn_of_collapse,
 )
 from accel_clip.inputs import Inputs
 from accel_clip.logbook import Logbook
 from accel_clip.losses.base import build_loss, total
-from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import clamp_logit_scale, share_running_statistics
 from accel_clip.optim.optimizers import set_learning_rate
@@ -55,6 +55,7 @@ from accel_clip.optim.schedules import build_schedule
 from accel_clip.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
 from accel_clip.processes import build_accelerator, choose_workers, describe_processes, known_to_all, own_command
 from accel_clip.randomness import derive_seed
+from accel_clip.rebuilding import build_for_run
 from accel_clip.resume import is_finished, say_changes
 from accel_clip.run_folder import RunFolder
 from accel_clip.run_state import RunState
@@ -150,7 +151,7 @@ class Trainer:
         """Build the model with the same weights in every process; from here on each draws dropout of its own."""
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.model = build_model(config.model, needs_logit_bias=self.loss.requires_bias())
+        self.model, self.lacks_weights = build_for_run(config, needs_logit_bias=self.loss.requires_bias())
         freeze(self.model.clip, config.model.freeze)
         self.assembly = assemble(config, accelerator, self.loss, self.model)
         settle_gradient_buckets(self.assembly.place)
@@ -189,6 +190,8 @@ class Trainer:
         self.read_inputs(found)
         if found is None:
             self.folder.require_no_checkpoint()
+            if self.lacks_weights is not None:
+                raise self.lacks_weights
         else:
             self.load_state(found)
             self.feed.load_state_dict(self.saved["data"])
@@ -223,6 +226,7 @@ class Trainer:
             "model": {
                 "model_config": self.model.model_config,
                 "preprocess_config": self.model.preprocess_config,
+                "towers": self.model.towers,
             },
             "plan": plan_state(self.assembly.place, self.config.train, self.contrastive_step.plan),
             "file_sizes": self.folder.file_sizes(),
@@ -275,6 +279,8 @@ class Trainer:
             say(mixed)
         if self.feed.streams and self.held_out is None:
             say("nothing is held out of a stream: name data.val to see how good the model gets")
+        if (high := rate_warning(self.config)) is not None:
+            say(f"warning: {high}")
         self.features = self.open_features()
         self.pictures = self.open_pictures()
         self.opened.enter_context(quiet_writer())

@@ -24,7 +24,7 @@ FLOORS = (
     ("data", "models", "optim", "losses"),
     (
         *("check", "evaluation", "export", "step", "chunks", "plan", "listing", "saving", "health", "assembly"),
-        *("logbook", "timetable", "inputs"),
+        *("logbook", "timetable", "inputs", "rebuilding"),
     ),
     ("trainer", "plots", "preflight"),
     ("cli",),

@@ -9,6 +9,7 @@ from typing import Any
 from open_clip import CLIP, CustomTextCLIP
 from torch import Tensor
 
+from accel_clip.models.freezing import rest_frozen
 from accel_clip.models.names import matches
 from accel_clip.models.towers import can_trim, end_token, is_deterministic
 
@@ -36,6 +37,7 @@ def examine(clip: Any, tokenizer: Callable[[list[str]], Tensor]) -> Anatomy:
     """Return the facts about a model in training mode, after its parameters were frozen as they will stay."""
     separate = isinstance(clip, (CLIP, CustomTextCLIP))
     clip.train()
+    rest_frozen(clip)
     text_parts = [module for name, module in clip.named_children() if name != "visual"]
     return Anatomy(
         separate=separate,

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from accel_clip.faults import ConfigError
 
+COMPILER_OPTIONS = {"fallback_random": True}
 ATTENTION_NAMES = ("attn", "attention")  # what open_clip, timm and transformers call it in a block
 
 
-def compile_blocks(clip: nn.Module) -> None:
+def compile_blocks(clip: nn.Module, device: torch.device) -> None:
     """Compile every block by torch.compile when it first runs; names in the state dict stay as they are.
 
     Random numbers are drawn as without compilation, so that a second forward pass can draw them again. Raises
-    `ConfigError` for a model without such blocks.
+    `ConfigError` for a model without such blocks, and where the device it will be on has no compiler.
     """
     blocks = attention_blocks(clip)
     if not blocks:
         raise ConfigError("train.compile: the towers of this model have no attention blocks: leave it false")
+    require_compiler(device)
     for block in blocks:
-        block.compile(options={"fallback_random": True})
+        block.compile(options=COMPILER_OPTIONS)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise `ConfigError` where torch.compile cannot compile a few operations for a device.
+
+    It needs a C++ compiler on a CPU and Triton with a C compiler on a GPU, and finds out in the first step otherwise.
+    """
+    double = torch.compile(lambda value: (2 * value).exp() + 1, options=COMPILER_OPTIONS)
+    try:
+        double(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler raises, or the programs that it starts
+        reason = str(first_cause(error)).partition("\n")[0][:200]
+        raise ConfigError(
+            f"train.compile: torch.compile does not work here: {reason}: install a C++ compiler (g++), or leave it false"
+        ) from error
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return what an error came from, which knows more."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def recompute_activations(clip: Any) -> None:

@@ -7,13 +7,14 @@ import logging
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.factory import get_model_config
+from open_clip.utils import to_2tuple
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
@@ -30,6 +31,7 @@ from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_
 from accel_clip.models.preprocessing import with_expected
 from accel_clip.models.size import require_room
 from accel_clip.models.skeleton import shapes_of
+from accel_clip.models.tower_files import is_folder, tower_config, usual_size
 from accel_clip.models.weights import (
     BROKEN_WEIGHTS,
     MORE_THAN_TENSORS,
@@ -48,12 +50,13 @@ NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "o
 
 @dataclass(frozen=True)
 class ClipModel:
-    """An open_clip model, its tokenizer, and the two halves of its `open_clip_config.json`."""
+    """An open_clip model, its tokenizer, and what its export says: `open_clip_config.json` in halves, `config.json`."""
 
     clip: Any  # an open_clip model; nn.Module's types know none of its attributes
     tokenizer: Callable[[list[str]], Tensor]
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
+    towers: dict[str, Any] = field(default_factory=dict)
 
 
 def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipModel:
@@ -82,7 +85,35 @@ def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipMode
         initialise_decoder(clip)
     if needs_logit_bias and has_weights(config):
         fill_missing_bias(clip, model_config)
-    return ClipModel(clip, tokenizer_of(config), model_config, dict(clip.visual.preprocess_cfg))
+    fit_picture_size(clip, config, model_config)
+    towers = tower_config(clip, model_config)
+    return ClipModel(clip, tokenizer_of(config), model_config, dict(clip.visual.preprocess_cfg), towers)
+
+
+def fit_picture_size(clip: Any, config: ModelConfig, model_config: dict[str, Any]) -> None:
+    """Give a tower of timm the size that its description asks for; open_clip does so for `force_image_size` alone.
+
+    Raises `ConfigError` for a size that the user chose and the patches do not divide: the rest would not be seen.
+    """
+    visual = clip.visual
+    trunk = getattr(visual, "trunk", None)
+    (height, width), patch = to_2tuple(visual.image_size), patch_size_of(visual)
+    is_chosen = config.name.endswith(".json") or config.options.get("force_image_size") is not None
+    if is_chosen and patch is not None and (height % patch[0] or width % patch[1]):
+        rows, columns = max(1, height // patch[0]), max(1, width // patch[1])
+        raise ConfigError(
+            f"model.options.force_image_size: pictures of {height} x {width} are not divided by patches of "
+            f"{patch[0]} x {patch[1]}: take {rows * patch[0]} x {columns * patch[1]}, or another multiple"
+        )
+    if hasattr(trunk, "set_input_size") and (height, width) != usual_size(trunk):
+        visual.set_input_size((height, width))
+
+
+def patch_size_of(visual: Any) -> tuple[int, int] | None:
+    """Return height and width of the patches that a tower cuts pictures into, None where it cuts none."""
+    cutting = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
+    size = getattr(cutting, "patch_size", None)
+    return None if size is None else tuple(to_2tuple(size))
 
 
 def tokenizer_of(config: ModelConfig) -> Callable[[list[str]], Tensor]:
@@ -100,7 +131,8 @@ def needs_hub(name: str, pretrained: str | None) -> bool:
     if name.startswith("hf-hub:") or (pretrained is not None and not Path(pretrained).is_file()):
         return True
     text = read_config(name)["text_cfg"]
-    return not name.startswith("local-dir:") and bool(text.get("hf_tokenizer_name") or text.get("hf_model_name"))
+    named = (text.get("hf_tokenizer_name"), text.get("hf_model_name"))
+    return not name.startswith("local-dir:") and any(each and not is_folder(each) for each in named)
 
 
 def registered_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which parameters are trained: those the user freezes and those the loss does not reach are left out."""
+"""Which parts are trained: what the user freezes, and what the loss does not reach, stays as it is."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def freeze(clip: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in clip.parameters()):
         raise ConfigError(f"model.freeze: {patterns} leaves nothing to train")
+
+
+def rest_frozen(module: nn.Module) -> None:
+    """Put every part whose parameters are all frozen into evaluation mode: its statistics stay and nothing drops out.
+
+    So a frozen part gives the same features in every step, whether it is a tower, a block or one batch norm.
+    """
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for part in module.children():
+        rest_frozen(part)
 
 
 def freeze_unused(model: ClipModel, loss: HasTotal) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CODE = ("code", "constants.pkl")
+CLASSES = "__torch__."  # what the names of an archive's own classes begin with
 
 
 class StandIn:
@@ -42,20 +43,26 @@ def read_torch_script(file: Path) -> dict[str, Tensor]:
             if name.split("/")[1] not in CODE:
                 copy.writestr(name, archive.read(name))
             if name.endswith("/data.pkl") and name.count("/") == 1:
-                classes = class_names(archive.read(name))
+                named = unknown_names(archive.read(name))
     plain.seek(0)
-    with torch.serialization.safe_globals([(StandIn, name) for name in classes]):
+    known = [(StandIn if name.startswith(CLASSES) else unchanged, name) for name in named]
+    with torch.serialization.safe_globals(known):
         return dict(tensors_of(torch.load(plain, map_location="cpu", weights_only=True), ""))
 
 
-def class_names(instructions: bytes) -> list[str]:
+def unchanged(value: Any, *kinds: Any) -> Any:
+    """Return a list or a dictionary, which an archive has with the kinds of its entries."""
+    return value
+
+
+def unknown_names(instructions: bytes) -> list[str]:
     """Return the names that an archive's instructions look up and torch's reader of tensors does not know."""
     named = {
         str(given).replace(" ", ".")
         for operation, given, _ in pickletools.genops(instructions)
         if operation.name == "GLOBAL"
     }
-    return sorted(name for name in named if name.startswith(("__torch__.", "torch.jit.")))
+    return sorted(name for name in named if name.startswith((CLASSES, "torch.jit._pickle.")))
 
 
 def tensors_of(module: Any, prefix: str) -> list[tuple[str, Tensor]]:

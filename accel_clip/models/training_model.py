@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_clip.models.build import ClipModel
+from accel_clip.models.freezing import rest_frozen
 from accel_clip.models.towers import encode_image, encode_text
 
 JOINT_OUTPUTS = ("logits", "labels")  # of CoCa, whose decoder sees both towers
@@ -65,22 +66,16 @@ class TrainingModel(nn.Module):
         return (image.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """Set the training mode; a tower that is frozen as a whole stays in evaluation mode, its features fixed."""
+        """Set the training mode; what is frozen stays as it is, see `rest_frozen`."""
         super().train(mode)
-        for tower in towers(self.clip):
-            if not any(parameter.requires_grad for parameter in tower.parameters()):
-                tower.eval()
+        rest_frozen(self.clip)
         return self
 
 
-def towers(clip: Any) -> list[nn.Module]:
-    """Return the modules that are a whole tower."""
-    text = [clip.text] if hasattr(clip, "text") else [clip.transformer]
-    return [clip.visual, *text]
-
-
 def clamp_logit_scale(clip: Any, largest: float) -> None:
-    """Keep the logit scale (after exp) between 1 and `largest`; open_clip's trainer does it after every step too."""
+    """Keep a logit scale that is trained (after exp) between 1 and `largest`, as open_clip's trainer does."""
+    if not clip.logit_scale.requires_grad:
+        return
     with torch.no_grad():
         clip.logit_scale.clamp_(0, torch.tensor(largest).log().item())
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from accel_clip.config import GIB, Config
 from accel_clip.data.held_out import FEW_PAIRS, few_in_words, shared_in_words
+from accel_clip.health import rate_warning
 from accel_clip.preflight.facts import DataFacts, DiskFacts, ModelFacts, RunFacts, SpeedFacts
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.5  # of the run
 MUCH_OF_THE_DATA = 0.5  # in one batch
 STEPS_BETWEEN_EVALUATIONS = 10
-HIGH_RATE_FOR_WEIGHTS = 1e-3  # fine-tuning takes 1e-6 to 1e-4
 MANY_REPEATED = 0.05  # of the pairs
 MANY_CUT = 0.01
 MANY_FILE_NAMES = 0.01
@@ -84,12 +84,9 @@ def of_training(config: Config, model: ModelFacts) -> Iterator[str]:
     """Yield what is odd about what is trained, and how fast."""
     if model.num_trained["image"] + model.num_trained["text"] == 0:
         yield "model.freeze: both towers are frozen: only the logit scale and the like are trained"
-    has_weights = config.model.pretrained is not None or config.model.name.startswith(("hf-hub:", "local-dir:"))
-    if has_weights and config.optim.lr > HIGH_RATE_FOR_WEIGHTS:
-        yield (
-            f"optim.lr: {config.optim.lr:g} is far above what pretrained weights bear: they forget what they know; "
-            "1e-5 is usual"
-        )
+    high = rate_warning(config)
+    if high is not None:
+        yield high
 
 
 def of_data(config: Config, model: ModelFacts, data: DataFacts) -> Iterator[str]:

@@ -23,7 +23,7 @@ from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import AccelClipError
 from accel_clip.losses.base import Loss, build_loss
 from accel_clip.models.anatomy import Anatomy
-from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.build import ClipModel
 from accel_clip.models.freezing import freeze
 from accel_clip.optim.optimizers import parameter_groups
 from accel_clip.optim.schedules import Schedule, build_schedule
@@ -31,6 +31,7 @@ from accel_clip.plan import Workplace, choose_plan
 from accel_clip.preflight.problems import Problems
 from accel_clip.processes import build_accelerator, choose_workers
 from accel_clip.randomness import derive_seed
+from accel_clip.rebuilding import build_for_run
 from accel_clip.stopping import check_metric
 from accel_clip.tracking import TRAINING_METRICS
 
@@ -143,7 +144,8 @@ def build_frozen_model(config: Config, loss: Loss | None, problems: Problems) ->
     """Return the model with what the settings freeze frozen; every pattern without a match is taken in."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
     needs_bias = loss is not None and loss.requires_bias()
-    model = problems.attempt(partial(build_model, config.model, needs_logit_bias=needs_bias))
+    built = problems.attempt(partial(build_for_run, config, needs_logit_bias=needs_bias))
+    model = None if built is None else built[0]
     if model is not None:
         for pattern in config.model.freeze:
             problems.attempt(partial(freeze, model.clip, [pattern]))
