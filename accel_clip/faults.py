@@ -132,7 +132,7 @@ def end_of_worker(signal: str | None) -> str:
     """Return how a loader process ended, and what to do: only the kernel kills for memory, by SIGKILL."""
     if signal is None:
         return "ended by itself: its own error stands above; data.workers 0 shows it in this process"
-    if signal == "Killed":
+    if signal.startswith("Killed"):
         return (
             "was killed: Killed: most often the memory of the machine or its container is short: lower data.workers, "
             "data.prefetch or train.batch_size"

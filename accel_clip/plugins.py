@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any
 
 from accel_clip import console
 from accel_clip.faults import ConfigError
+
+PREFIX = "accel_clip_plugin_"  # of the names of their modules
+
+
+class PluginsFirst:
+    """What goes to other processes; plugins that were run in this one run there before anything that is made of them.
+
+    A forked process has them already. Another one starts empty, and asks for a plugin's module as soon as an object of
+    its classes arrives: what comes before an object's state in its pickled form is done first.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return begin, (type(self), loaded_plugins()), self.__dict__
+
+
+def begin(kind: type[PluginsFirst], files: list[str]) -> PluginsFirst:
+    """Run the plugins and return an object without a state."""
+    load_plugins(files)
+    return kind.__new__(kind)
+
+
+def loaded_plugins() -> list[str]:
+    """Return the files of the plugins that were run in this process, in their order."""
+    return [str(module.__file__) for name, module in sys.modules.items() if name.startswith(PREFIX)]
 
 
 def load_plugins(files: list[str]) -> None:
     """Run each file once; raises `ConfigError` naming the file where it is missing or fails."""
     for file in files:
         path = Path(file).resolve()
-        name = f"accel_clip_plugin_{path.stem}"
+        name = PREFIX + path.stem
         loaded = sys.modules.get(name)
         if loaded is not None and loaded.__file__ == str(path):
             continue
@@ -25,7 +51,8 @@ def load_plugins(files: list[str]) -> None:
             raise ConfigError(f"plugins: {file} is not a Python file (its name must end in .py)")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        console.say(f"plugins: running {path}")
+        if multiprocessing.parent_process() is None:  # a worker runs what has been said
+            console.say(f"plugins: running {path}")
         try:
             spec.loader.exec_module(module)
         except ConfigError:

@@ -119,6 +119,56 @@ def test_a_wholly_frozen_tower_stays_in_evaluation_mode(tmp_path: Path) -> None:
     assert not wrapped.clip.visual.training and wrapped.clip.transformer.training
 
 
+def batch_norms(folder: Path) -> ClipModel:
+    """Return a model whose image tower has batch norms and dropout, in training mode."""
+    described = json.loads(Path(small_model(folder)).read_text())
+    resnet = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_drop": 0.5, "image_size": 32}
+    (folder / "with_norms.json").write_text(json.dumps({**described, "vision_cfg": resnet}))
+    return build_model(ModelConfig(str(folder / "with_norms.json")))
+
+
+def statistics(clip: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in clip.named_buffers() if "running" in name or "tracked" in name}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "still"),
+    [
+        (["visual.trunk.conv1.*", "visual.trunk.layer1.*"], ("visual.trunk.conv1.", "visual.trunk.layer1.")),
+        (["visual.trunk.*"], ("visual.trunk.",)),
+        (["visual.*.bn*"], ("visual.trunk.bn1",)),
+        (["image"], ("visual.",)),
+        (["visual.*.bias"], ()),
+    ],
+)
+def test_statistics_of_what_is_frozen_stay(patterns: list[str], still: tuple[str, ...], tmp_path: Path) -> None:
+    model = batch_norms(tmp_path)
+    freeze(model.clip, patterns)
+    wrapped = TrainingModel(model).train()
+    before = statistics(model.clip)
+    assert before
+    for _ in range(2):
+        wrapped(image=torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+    moved = {name for name, value in statistics(model.clip).items() if not torch.equal(value, before[name])}
+    norms = dict(model.clip.named_modules())
+    for name in before:
+        parameters = list(norms[name.rpartition(".")[0]].parameters())
+        rests = not any(parameter.requires_grad for parameter in parameters)
+        assert (name in moved) != rests, name
+        assert rests or not name.startswith(still or ("none",)), name
+
+
+def test_dropout_is_off_in_frozen_blocks_and_on_in_others(tmp_path: Path) -> None:
+    described = json.loads(Path(small_model(tmp_path)).read_text())
+    vit = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_drop_path": 0.5, "image_size": 160}
+    (tmp_path / "dropping.json").write_text(json.dumps({**described, "vision_cfg": vit}))
+    model = build_model(ModelConfig(str(tmp_path / "dropping.json")))
+    freeze(model.clip, ["visual.trunk.blocks.0.*"])
+    blocks = TrainingModel(model).train().clip.visual.trunk.blocks
+    assert not any(part.training for part in blocks[0].modules())
+    assert all(part.training for part in blocks[1].modules())
+
+
 def test_freezing_nothing_or_everything_is_refused(tmp_path: Path) -> None:
     clip = build_model(ModelConfig(small_model(tmp_path))).clip
     with pytest.raises(ConfigError, match=r"'visul\.\*' matches no parameter"):
@@ -193,3 +243,7 @@ def test_the_logit_scale_is_clamped(tmp_path: Path) -> None:
             clip.logit_scale.fill_(value)
         clamp_logit_scale(clip, 50.0)
         assert clip.logit_scale.exp().item() == pytest.approx(expected)
+    with torch.no_grad():
+        clip.logit_scale.requires_grad_(False).fill_(9.0)
+    clamp_logit_scale(clip, 50.0)
+    assert clip.logit_scale.item() == 9.0  # frozen is frozen

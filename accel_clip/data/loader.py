@@ -29,6 +29,7 @@ from accel_clip.data.order import BatchOrder, Place
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import origin
 from accel_clip.faults import DataError, recognised
+from accel_clip.plugins import PluginsFirst
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Found:
     bad_samples: tuple[BadSample, ...]
 
 
-class TrainingPairs(Dataset[Found | DataError]):
+class TrainingPairs(PluginsFirst, Dataset[Found | DataError]):
     """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
     def __init__(self, source: Source, order: BatchOrder, preparation: Preparation) -> None:

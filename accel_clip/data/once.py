@@ -29,6 +29,7 @@ from accel_clip.data.loader import usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.stamps import stamps_of
 from accel_clip.faults import DataError
+from accel_clip.plugins import PluginsFirst
 
 NUM_AHEAD = 2  # chunks that each worker has ready
 Loaded = Tensor | UnusableSample | DataError
@@ -36,7 +37,7 @@ Join = Callable[[list[Tensor]], Any]
 """From the items of a chunk to what is handed on of them."""
 
 
-class Items(Dataset[Loaded]):
+class Items(PluginsFirst, Dataset[Loaded]):
     """The different pictures or captions of a source.
 
     keys: int64 [n], ascending; what cannot be used is returned as the error: raised in a worker it would lose its type.

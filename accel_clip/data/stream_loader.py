@@ -16,6 +16,7 @@ from accel_clip.data.lanes import Given, Lane, Mark
 from accel_clip.data.loader import memory_shared, usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Stream
 from accel_clip.faults import DataError, recognised
+from accel_clip.plugins import PluginsFirst
 from accel_clip.randomness import derive_seed
 
 EPOCHS_TO_KNOW = 2
@@ -41,7 +42,7 @@ class Lanes:
         return lane.give(self.marks.get(number, Mark(number)))
 
 
-class StreamParts(IterableDataset[Batch | DataError]):
+class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
     """Parts of batches, `rows` pairs of a lane each, lane after lane; a worker gives those of its own lanes.
 
     An error is given too, and is the last: raised in a worker it would lose its message.

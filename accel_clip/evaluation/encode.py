@@ -30,6 +30,7 @@ from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
+from accel_clip.plugins import PluginsFirst
 
 INTERRUPTED = "the evaluation is interrupted"
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
@@ -154,7 +155,7 @@ def raise_together(accelerator: Accelerator, problem: str | None) -> None:
         raise EvaluationInterrupted if text == INTERRUPTED else DataError(text)
 
 
-class Pictures(Dataset[Tensor | UnusableSample | str]):
+class Pictures(PluginsFirst, Dataset[Tensor | UnusableSample | str]):
     """The pictures of a source, ready for the image tower; an error is returned: raised in a worker it loses its type.
 
     A text is an error that ends the evaluation.

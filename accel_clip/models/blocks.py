@@ -38,7 +38,7 @@ def require_compiler(device: torch.device) -> None:
     except Exception as error:  # whatever the compiler raises, or the programs that it starts
         reason = str(first_cause(error)).partition("\n")[0][:200]
         raise ConfigError(
-            f"train.compile: torch.compile does not work here: {reason}: install a C++ compiler (g++), or leave it false"
+            f"train.compile: torch.compile fails here: {reason}: install a C++ compiler (g++), or leave it false"
         ) from error
 
 
