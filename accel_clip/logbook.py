@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from accelerate import Accelerator
 
@@ -26,8 +27,9 @@ CUT_CAPTIONS = "num_cut_captions"
 class Logbook:
     """Everything that is measured in a run but its evaluations.
 
-    report: of this process in a step, which is brought together with the others' before the weights change; meters:
-    what all agreed on since the last point; stopping: what is watched; is_best: whether the last point was the best.
+    run_id: under which trackers know the run; report: of this process in a step, which is brought together with the
+    others' before the weights change; meters: what all agreed on since the last point; stopping: what is watched;
+    is_best: whether the last point was the best.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, folder: RunFolder, num_workers: int) -> None:
@@ -40,10 +42,12 @@ class Logbook:
         stop = config.stop
         self.stopping = EarlyStopping(stop.metric, stop.mode, stop.patience, stop.min_delta)
         self.is_best = False
+        self.run_id = uuid4().hex[:21]  # SwanLab takes no longer one
 
     def open(self, num_steps: int, state: RunState, resumed: bool) -> None:
         """Open the trackers and the progress bar."""
-        self.tracking = Tracking(self.accelerator, self.config, self.folder, state.step if resumed else None)
+        resumed_step = state.step if resumed else None
+        self.tracking = Tracking(self.accelerator, self.config, self.folder, self.run_id, resumed_step)
         self.progress.open(num_steps, state.step)
 
     def meet(self, batch: Batch) -> None:
@@ -100,6 +104,7 @@ class Logbook:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain JSON."""
         return {
+            "run_id": self.run_id,
             "meters": self.meters.state_dict(),
             "bad_samples": self.bad_samples.state_dict(),
             "watched": self.stopping.metric,
@@ -108,6 +113,7 @@ class Logbook:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; early stopping begins anew when another metric is watched."""
+        self.run_id = state.get("run_id") or self.run_id
         self.meters.load_state_dict(state["meters"])
         self.bad_samples.load_state_dict(state["bad_samples"])
         if state["watched"] == self.stopping.metric:

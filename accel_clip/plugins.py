@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ class PluginsFirst:
 
 def begin(kind: type[PluginsFirst], files: list[str]) -> PluginsFirst:
     """Run the plugins and return an object without a state."""
-    load_plugins(files)
+    for file in files:
+        if not is_loaded(file):
+            run_plugin(file)
     return kind.__new__(kind)
 
 
@@ -37,29 +38,38 @@ def loaded_plugins() -> list[str]:
 
 
 def load_plugins(files: list[str]) -> None:
-    """Run each file once; raises `ConfigError` naming the file where it is missing or fails."""
+    """Run each file once and say so; raises `ConfigError` naming the file where it is missing or fails."""
     for file in files:
-        path = Path(file).resolve()
-        name = PREFIX + path.stem
-        loaded = sys.modules.get(name)
-        if loaded is not None and loaded.__file__ == str(path):
-            continue
-        if not path.is_file():
-            raise ConfigError(f"plugins: {file} is not a file")
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"plugins: {file} is not a Python file (its name must end in .py)")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        if multiprocessing.parent_process() is None:  # a worker runs what has been said
-            console.say(f"plugins: running {path}")
-        try:
-            spec.loader.exec_module(module)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever the user's code raises is told with the file and the place
-            del sys.modules[name]
-            raise ConfigError(f"plugins: {file}: {place_of(error, path)}{type(error).__name__}: {error}") from error
+        if not is_loaded(file):
+            if Path(file).is_file():
+                console.say(f"plugins: running {Path(file).resolve()}")
+            run_plugin(file)
+
+
+def is_loaded(file: str) -> bool:
+    """Return whether a plugin has been run in this process."""
+    loaded = sys.modules.get(PREFIX + Path(file).stem)
+    return loaded is not None and loaded.__file__ == str(Path(file).resolve())
+
+
+def run_plugin(file: str) -> None:
+    """Run a file as a module; raises `ConfigError` naming the file where it is missing or fails."""
+    path = Path(file).resolve()
+    name = PREFIX + path.stem
+    if not path.is_file():
+        raise ConfigError(f"plugins: {file} is not a file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"plugins: {file} is not a Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's code raises is told with the file and the place
+        del sys.modules[name]
+        raise ConfigError(f"plugins: {file}: {place_of(error, path)}{type(error).__name__}: {error}") from error
 
 
 def place_of(error: Exception, path: Path) -> str:

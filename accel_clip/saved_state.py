@@ -115,3 +115,4 @@ class SavedState:
     plan: PlanState
     file_sizes: dict[str, Count]
     scaler: dict[str, float] | None
+    run_id: str | None = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -23,6 +25,7 @@ from accel_clip.run_folder import RunFolder
 
 TENSORBOARD = "tensorboard"
 TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
+OF_WANDB = {"id": "RUN_ID", "resume": "RESUME", "dir": "DIR"}  # arguments of its own, and the ends of its variables
 PACKAGES = {name: name for name in LOGGER_TYPE_TO_CLASS} | {"comet_ml": "comet-ml"}
 
 
@@ -46,10 +49,14 @@ class Tracking:
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: Config, folder: RunFolder, resumed_step: int | None = None
+        self, accelerator: Accelerator, config: Config, folder: RunFolder, run_id: str, resumed_step: int | None = None
     ) -> None:
-        """Open the trackers; TensorBoard forgets the points after `resumed_step`, which come anew."""
-        self.accelerator, self.folder = accelerator, folder
+        """Open the trackers; TensorBoard forgets the points after `resumed_step`, which come anew.
+
+        run_id: under which trackers on a server know the run, the same when it goes on.
+        """
+        self.accelerator, self.folder, self.run_id = accelerator, folder, run_id
+        accelerator.project_configuration.logging_dir = str(folder.path)
         self.trackers: list[GeneralTracker] = []
         purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
         with known_to_all(accelerator):
@@ -65,7 +72,7 @@ class Tracking:
         if not accelerator.log_with:
             raise ImportError("Accelerate does not find its package")  # and would go on without a word
         try:
-            accelerator.init_trackers("accel_clip")
+            accelerator.init_trackers("accel_clip", init_kwargs=identities(self.run_id, self.folder.path))
             self.trackers += accelerator.trackers
         finally:
             accelerator.trackers = []  # or the end of the training would close them too
@@ -156,6 +163,19 @@ def quiet_writer() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def identities(run_id: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return, by tracker, what makes a run that goes on the one that it was there, with its files in the run's folder.
+
+    What the tracker's own variables of the environment say stays.
+    """
+    wandb = {"id": run_id, "resume": "allow", "dir": str(folder)}
+    return {
+        "wandb": {key: value for key, value in wandb.items() if f"WANDB_{OF_WANDB[key]}" not in os.environ},
+        "swanlab": {"id": run_id, "resume": "allow", "logdir": str(folder / "swanlog")},
+        "trackio": {"name": run_id, "resume": "allow"},
+    }
 
 
 def finite_or_none(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands import small_model
+from commands import small_model, train_py
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -286,3 +287,39 @@ def test_labelled_pictures_are_classified(table: Path) -> None:
     table.write_text("\n".join([lines[0], *lines[7:]]), encoding="utf-8")
     config = config_for(table, eval=EvalConfig(zero_shot=str(table.parent / "classes")))
     assert train(config).metrics["zero_shot/top1"] in [number / 6 for number in range(7)]
+
+
+WANDB = """
+import json, os
+
+class Run:
+    def log(self, values, step=None, **more): pass
+    def finish(self): pass
+    class config:
+        update = staticmethod(lambda *values, **more: None)
+
+config = Run.config
+
+def init(**given):
+    with open(os.environ["STARTS"], "a") as file:
+        file.write(json.dumps(given) + "\\n")
+    return Run()
+"""
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_one_run_in_wandb_and_lies_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "packages" / "wandb-1.0.dist-info").mkdir(parents=True)
+    described = "Metadata-Version: 2.1\nName: wandb\nVersion: 1.0\n"
+    (tmp_path / "packages" / "wandb-1.0.dist-info" / "METADATA").write_text(described)
+    (tmp_path / "packages" / "wandb.py").write_text(WANDB)
+    path = os.pathsep.join([str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "STARTS": str(tmp_path / "starts.jsonl")}
+    words = ["--model.name", small_model(tmp_path), "--train.steps", "4", "--train.batch_size", "8"]
+    words += ["--track.to", "[wandb]", "--data.workers", "0", "--data.val_fraction", "0", "--checkpoint.every", "1"]
+    for name, fault, code in (("a", "step:3", 9), ("a", "none", 0), ("b", "none", 0)):
+        done = train_py(*words, "--output_dir", name, folder=tmp_path, ACCEL_CLIP_FAULT=fault, **environment)
+        assert done.code == code, done.err
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 3 and starts[0]["id"] == starts[1]["id"] != starts[2]["id"]
+    assert [start["dir"] for start in starts] == ["a", "a", "b"] and {start["resume"] for start in starts} == {"allow"}

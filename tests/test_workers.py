@@ -56,7 +56,7 @@ def words(folder: Path, method: str, fail: str = "pass") -> tuple[str, ...]:
 def test_plugins_run_in_workers_before_what_they_define_arrives(method: str, tmp_path: Path) -> None:
     runs = {}
     for name in ("fork", method):
-        done = train_py(*words(tmp_path, name), "--data.workers", "2", "--track.every", "1", folder=tmp_path)
+        done = train_py(*words(tmp_path, name), "--data.workers", "1", "--track.every", "1", folder=tmp_path)
         assert done.code == 0, done.err
         runs[name] = [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").open()]
         assert done.err.count("plugins: running") == 1

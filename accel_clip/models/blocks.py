@@ -9,7 +9,7 @@ from torch import nn
 
 from accel_clip.faults import ConfigError
 
-COMPILER_OPTIONS = {"fallback_random": True}
+COMPILER_OPTIONS: dict[str, Any] = {"fallback_random": True}
 ATTENTION_NAMES = ("attn", "attention")  # what open_clip, timm and transformers call it in a block
 
 

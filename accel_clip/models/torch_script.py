@@ -45,7 +45,7 @@ def read_torch_script(file: Path) -> dict[str, Tensor]:
             if name.endswith("/data.pkl") and name.count("/") == 1:
                 named = unknown_names(archive.read(name))
     plain.seek(0)
-    known = [(StandIn if name.startswith(CLASSES) else unchanged, name) for name in named]
+    known: list[Any] = [(StandIn if name.startswith(CLASSES) else unchanged, name) for name in named]
     with torch.serialization.safe_globals(known):
         return dict(tensors_of(torch.load(plain, map_location="cpu", weights_only=True), ""))
 

@@ -43,7 +43,7 @@ INNER = ("", "trunk.", "transformer.")  # where open_clip keeps the models of ti
 SECOND_CHOICE = ("ema", "teacher", "momentum", "optim", "average")  # words in the names of other sets of weights
 OPTIONAL = ("logit_bias", "text.transformer.embeddings.position_ids")  # which open_clip does without
 OF_OTHER_FORMS = ("image_encoder.model.",)  # open_clip knows MobileCLIP's own names
-HARMLESS = (
+HARMLESS: tuple[Any, ...] = (
     *(argparse.Namespace, numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))),
     *((numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 )
