@@ -71,7 +71,7 @@ def of_timm(folder: Path) -> ModelConfig:
 def of_transformers(folder: Path, **others: Any) -> ModelConfig:
     text = text_folder(folder)
     towers = {"text_cfg": {"hf_model_name": text, "hf_tokenizer_name": text, **TEXT}, **others}
-    return ModelConfig(described(folder, "with_text", **towers))
+    return ModelConfig(described(folder, f"with_{len(towers)}_towers", **towers))
 
 
 def of_folder(folder: Path) -> ModelConfig:
