@@ -21,7 +21,7 @@ MOST_FILES = 1 << 16  # their sizes take a second
 
 
 def num_shown_in_training(training: Source, held_out: Source) -> int:
-    """Return how many pairs of a held-out source show a picture that another source, of training, shows too."""
+    """Return how many pairs of a held-out source show a picture that whole sources of training show too."""
     wanted = [identity_of(held_out, index) for index in range(len(held_out))]
     names = {last_part(held_out.key(index)) for index in range(len(held_out))}
     known: set[str | None] = set()
