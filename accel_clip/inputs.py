@@ -100,7 +100,7 @@ class Inputs:
         What the run could not use, and listed, may be mended.
         """
         saved = load_state(checkpoint)
-        if "inputs" not in saved:
+        if saved.get("inputs") is None:
             say(f"warning: {checkpoint.path} does not say what its data and files held: they are not compared")
             return
         self.require_same_files(saved["inputs"]["files"])

@@ -101,6 +101,26 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class SourceState:
+    """Hashes of what a source held, and its rows (`inputs.NamedSource`)."""
+
+    written: str
+    num_rows: Count
+    names: str
+    captions: str
+    pictures: str
+    details: str
+
+
+@dataclass(frozen=True)
+class InputsState:
+    """What the settings named by path: sources, and hashes of files, by setting."""
+
+    sources: dict[str, SourceState]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class SavedState:
     """Everything beside weights, optimizer and random states that makes a resumed run the uninterrupted one."""
 
@@ -116,3 +136,6 @@ class SavedState:
     file_sizes: dict[str, Count]
     scaler: dict[str, float] | None
     run_id: str | None = None
+    resume: str | None = None
+    """`checkpoint.resume` of the run that wrote it"""
+    inputs: InputsState | None = None

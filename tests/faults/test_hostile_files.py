@@ -112,6 +112,7 @@ PLACES = [
         "model",
         "model.model_config",
     ),
+    *("resume", "inputs", "inputs.files", "inputs.sources"),
 ]
 MAY_BE: dict[str, Callable[[Any], bool]] = {
     "run": lambda value: isinstance(value, dict),
@@ -129,6 +130,10 @@ MAY_BE: dict[str, Callable[[Any], bool]] = {
     "watched": lambda value: value in (None, "x"),
     "run.evaluated_step": lambda value: value is None,
     "run.stop_asked": lambda value: value is True,
+    "resume": lambda value: value in (None, "x"),
+    "inputs": lambda value: value is None,
+    "inputs.files": lambda value: value == {},
+    "inputs.sources": lambda value: value == {},
 }
 
 
