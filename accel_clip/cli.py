@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import NoReturn
 from accel_clip import console
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest, recognised
 from accel_clip.redaction import masked, printable
-from accel_clip.signals import Interruptible, following_launcher
+from accel_clip.signals import Interruptible, following_launcher, leave_if_waited_for
+from accel_clip.terminal import lasting_output
 from accel_clip.typed import Range
 from accel_clip.typed import shown as shown_value
 
@@ -45,18 +47,21 @@ def train_main() -> int:
 def guarded(command: Callable[[], None]) -> int:
     """Run a command and turn its errors into one line and an exit code; what is our own bug keeps its traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the loader's workers
-    try:
-        with Interruptible(), following_launcher(), recognised():
-            command()
-    except AccelClipError as error:
-        console.error(str(error), from_every_process=not error.on_every_process)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.say("interrupted")
-        return INTERRUPTED_EXIT_CODE
-    except Exception:  # whatever is our own bug: its traceback may hold an address with a credential
-        console.write_line(traceback.format_exc().rstrip())
-        return 1
+    threads = threading.enumerate()
+    with lasting_output():
+        try:
+            with Interruptible(), following_launcher(), recognised():
+                command()
+        except AccelClipError as error:
+            console.error(str(error), from_every_process=not error.on_every_process)
+            return error.exit_code
+        except KeyboardInterrupt:
+            console.say("interrupted")
+            leave_if_waited_for(INTERRUPTED_EXIT_CODE, threads)
+            return INTERRUPTED_EXIT_CODE
+        except Exception:  # whatever is our own bug: its traceback may hold an address with a credential
+            console.write_line(traceback.format_exc().rstrip())
+            return 1
     return 0
 
 

@@ -246,8 +246,9 @@ class TrainConfig:
     threads: Annotated[int, Range(1, 1024)] | None = None
     """CPU threads per process; null = the machine's cores divided by its processes"""
     timeout: Annotated[float, Range(0, 1e8, is_open=True)] | None = 45.0
-    """seconds without progress after the first step that end several processes which wait for each other (five times
-    the longest recent step, and 600 on streams, where that is more); null = never"""
+    """seconds without progress after the first step that end a process which hangs, with a word where (five times the
+    longest recent step where that is more, 600 on streams or in a single process, of which only waiting counts, and
+    1800 before the first step, in an evaluation or for a checkpoint); null = never"""
     compile: bool = False
     """compile the blocks of the towers by torch.compile: fewer, larger kernels after a start of a minute or more"""
     activation_checkpointing: bool = False

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from accel_clip.faults import UNREAD_EXIT_CODE
 from accel_clip.redaction import masked, printable
 
 
@@ -32,10 +33,12 @@ def write_line(message: str) -> None:
 
 
 def result(text: str) -> None:
-    """Write what a command was asked for to standard output, for a person or a pipe."""
+    """Write what a command was asked for to standard output, for a person or a pipe; without a reader it ends."""
     if is_first_process():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+        if getattr(sys.stdout, "is_lost", False):
+            raise SystemExit(UNREAD_EXIT_CODE)
 
 
 def error(message: str, from_every_process: bool = False) -> None:

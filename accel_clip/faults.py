@@ -67,6 +67,7 @@ class WorkerKilled(DataError):
 
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
+UNREAD_EXIT_CODE = 141  # 128 + SIGPIPE, of a command whose output nobody reads to its end
 KILLED_EXIT_CODE = 9  # of a crash that a test asked for
 
 

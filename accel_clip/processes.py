@@ -21,7 +21,7 @@ from accel_clip.console import say
 from accel_clip.environment import check_environment, refusal
 from accel_clip.faults import AccelClipError, ConfigError, one_line
 from accel_clip.signals import has_launcher
-from accel_clip.watchdog import LONG_SECONDS
+from accel_clip.watchdog import long_patience
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 """Ways of Accelerate's to train under which a step has not been shown to be exact."""
@@ -40,12 +40,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     forget_previous_accelerator()
     precision = choose_precision(config.precision, os.environ)
+    patience = timedelta(seconds=long_patience(config.timeout))  # not before the watchdog's
     try:
         accelerator = Accelerator(
             cpu=world_size > 1 and torch.accelerator.device_count() < num_local_processes(),
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONG_SECONDS))],  # behind the watchdog
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except ValueError as error:
         raise ConfigError(describe_refusal(error, precision)) from error

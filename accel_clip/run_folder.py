@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_clip.faults import ConfigError, StorageError
+from accel_clip.console import is_first_process
+from accel_clip.faults import INTERRUPTED_EXIT_CODE, ConfigError, StorageError
 from accel_clip.files.lock import FolderLock, held_error
 from accel_clip.files.marked import MARK, Mark, read_mark, require_link, require_own, settle, write_mark
 from accel_clip.files.names import unfinished
@@ -187,6 +189,16 @@ class RunFolder:
                 self.write_status(state, step, exit_code, error, command)
         except StorageError:
             return
+
+    def note_interrupted_start(self) -> None:
+        """Say in `STATUS.json` that a start was interrupted, where it calls the run running since a kill."""
+        status = self.read_status()
+        if not is_first_process() or status.get("state") != "running":
+            return
+        with suppress(OSError):
+            if self.lock.take():  # else it is another process that runs
+                step, command = status.get("step", 0), status.get("resume_command", "")
+                self.write_end("preempted", step, INTERRUPTED_EXIT_CODE, "interrupted", command)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

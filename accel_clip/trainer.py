@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -32,10 +32,17 @@ from accel_clip.data.pairs import open_training
 from accel_clip.data.picture_building import open_pictures
 from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_labelled
-from accel_clip.evaluation.encode import EvaluationInterrupted
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.export import Exported, exported_model, model_in, read_metrics, write_export
-from accel_clip.faults import NonFiniteError, Preempted, exit_code_of, reached, recognised
+from accel_clip.faults import (
+    INTERRUPTED_EXIT_CODE,
+    NonFiniteError,
+    PeerEnded,
+    Preempted,
+    exit_code_of,
+    reached,
+    recognised,
+)
 from accel_clip.faults import describe as describe_error
 from accel_clip.health import (
     WAYS_OUT,
@@ -60,12 +67,14 @@ from accel_clip.resume import is_finished, say_changes
 from accel_clip.run_folder import RunFolder
 from accel_clip.run_state import RunState
 from accel_clip.saving import Saver
-from accel_clip.signals import StopSignals
+from accel_clip.signals import StopAsked, StopSignals
 from accel_clip.step import ContrastiveStep
 from accel_clip.stopping import check_metric
+from accel_clip.terminal import lasting_output
 from accel_clip.timetable import Timetable
 from accel_clip.tracking import TRAINING_METRICS, quiet_writer
 from accel_clip.typed import fit
+from accel_clip.waiting import Lookout
 from accel_clip.watchdog import Watchdog
 
 SECONDS_FOR_A_SERVER = 600.0
@@ -84,6 +93,7 @@ class RolledBack(Exception):
     """A step was not finite, and the run stands at its last checkpoint again."""
 
 
+@lasting_output()
 def train(config: Config) -> TrainResult:
     """Train a model as the settings say, or go on with the run in `output_dir`; all of `accelerate launch train.py`.
 
@@ -101,7 +111,12 @@ def train(config: Config) -> TrainResult:
     with folder.lock:
         if is_first_process() and folder.path.exists():
             folder.own()
-        return Trainer(config, folder).run()
+        try:
+            trainer = Trainer(config, folder)
+        except KeyboardInterrupt:
+            folder.note_interrupted_start()
+            raise
+        return trainer.run()
 
 
 def finished_result(folder: RunFolder) -> TrainResult:
@@ -112,11 +127,12 @@ def finished_result(folder: RunFolder) -> TrainResult:
 def timeout_of(config: TrainConfig, num_processes: int, has_streams: bool) -> float | None:
     """Return after how many seconds without progress a process ends itself, None for never.
 
-    While one waits for a server, which may ask for minutes, the others wait for it, and none of them hangs.
+    While one waits for a server, which may ask for minutes, the others wait for it, and none of them hangs. Nobody
+    waits for a process that runs alone: it may have patience with a disk on the network too.
     """
-    if num_processes == 1 or config.timeout is None:
+    if config.timeout is None:
         return None
-    return max(config.timeout, SECONDS_FOR_A_SERVER) if has_streams else config.timeout
+    return max(config.timeout, SECONDS_FOR_A_SERVER) if has_streams or num_processes == 1 else config.timeout
 
 
 class Trainer:
@@ -245,19 +261,30 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end and export; what ends the run early is told in `STATUS.json`."""
-        timeout = timeout_of(self.config.train, self.accelerator.num_processes, bool(self.feed.streams))
-        watchdog = Watchdog(timeout, on_hang=self.note_hang)
-        with ExitStack() as self.opened, StopSignals() as self.signals, watchdog as self.watchdog:
+        with ExitStack() as self.opened, StopSignals(self.note_interruption) as self.signals, self.build_watchdog():
             try:
                 with recognised():
                     self.create_folder()
+                    self.prepare_data()
                     self.start()
                     while not self.timetable.is_over(self.state):
                         self.go_one_step()
                     return self.finish()
             except BaseException as error:
-                self.fail(error)
-                raise
+                ended_by = self.told(error)
+                self.fail(ended_by)
+                if ended_by is error:
+                    raise
+                raise ended_by from error
+
+    def build_watchdog(self) -> Watchdog:
+        """Return what ends this process when it hangs, and how work between two steps is watched."""
+        num_processes = self.accelerator.num_processes
+        timeout = timeout_of(self.config.train, num_processes, bool(self.feed.streams))
+        computed = {"computed": time.process_time} if num_processes == 1 else {}
+        self.watchdog = Watchdog(timeout, self.note_hang, **computed)
+        self.lookout = Lookout(lambda: self.signals.asked is not None, self.watchdog.patient)
+        return self.watchdog
 
     def create_folder(self) -> None:
         """Create the run folder once every process is ready to go."""
@@ -272,8 +299,8 @@ class Trainer:
                 self.inputs.keep(self.folder.checkpoints)
             self.folder.write_status("running", self.state.step, command=self.command)
 
-    def start(self) -> None:
-        """Open everything that measures the run, and evaluate the model as it is."""
+    def prepare_data(self) -> None:
+        """Say what the run trains on, and compute what is computed once."""
         describe_processes(self.accelerator)
         if (mixed := self.feed.describe()) is not None:
             say(mixed)
@@ -281,8 +308,14 @@ class Trainer:
             say("nothing is held out of a stream: name data.val to see how good the model gets")
         if (high := rate_warning(self.config)) is not None:
             say(f"warning: {high}")
-        self.features = self.open_features()
-        self.pictures = self.open_pictures()
+        try:
+            self.features = self.open_features()
+            self.pictures = self.open_pictures()
+        except StopAsked:
+            self.stop()
+
+    def start(self) -> None:
+        """Open everything that measures the run, and evaluate the model as it is."""
         self.opened.enter_context(quiet_writer())
         self.logbook.open(self.timetable.num_steps, self.state, resumed=self.found is not None)
         self.loader = self.open_loader()
@@ -301,6 +334,7 @@ class Trainer:
             self.train_step(self.next_batches())
         except RolledBack:
             return
+        self.signals.may_interrupt = False  # from here on there is something to lose
         reached("step", self.state.step)
         self.watchdog.beat_step(self.state.step)
         self.log()
@@ -310,11 +344,16 @@ class Trainer:
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
-        """Save the run and raise `Preempted` when a process was asked to stop, as all know."""
+        """Stop when a process was asked to, as all know."""
         if self.must_stop:
-            self.save()
-            self.saver.finish()
-            raise Preempted(self.state.step)
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save the run and raise `Preempted`; collective."""
+        self.signals.may_interrupt = False
+        self.save()
+        self.saver.finish()
+        raise Preempted(self.state.step)
 
     def open_features(self) -> dict[str, FeatureCache]:
         """Return the features of the frozen tower by its side, where they are kept."""
@@ -322,15 +361,15 @@ class Trainer:
         if tower is None or pairs is None:
             return {}
         folder = self.folder.features / tower.side
-        return {tower.side: open_features(tower, pairs, max_pixels, folder, self.num_workers)}
+        return {tower.side: open_features(tower, pairs, max_pixels, folder, self.num_workers, self.lookout)}
 
     def open_pictures(self) -> PictureCache | None:
         """Return the decoded pictures, where they are kept."""
         pairs = self.feed.source
         if not self.config.data.image_cache_gib or pairs is None:
             return None
-        folder, beat = self.folder.pictures, self.watchdog.beat
-        return open_pictures(self.accelerator, pairs, self.model, self.config, folder, self.num_workers, beat)
+        parts = (self.accelerator, pairs, self.model, self.config)
+        return open_pictures(*parts, self.folder.pictures, self.num_workers, self.lookout)
 
     def open_loader(self) -> Generator[Batch, None, None]:
         """Return this process's part of the contrastive batches that are left."""
@@ -344,7 +383,13 @@ class Trainer:
     def next_batches(self) -> list[Batch]:
         """Return what one optimizer step takes: `train.accumulate` contrastive batches, this process's part of each."""
         start = time.perf_counter()
-        batches = [next(self.loader) for _ in range(self.config.train.accumulate)]
+        alone, places = self.accelerator.num_processes == 1, self.feed.places()
+        try:
+            with self.signals.raising() if alone else nullcontext():
+                batches = [next(self.loader) for _ in range(self.config.train.accumulate)]
+        except StopAsked:
+            self.feed.return_to(places)
+            self.stop()
         self.logbook.report.update("data_time", time.perf_counter() - start)
         return batches
 
@@ -457,8 +502,8 @@ class Trainer:
         share_running_statistics(self.model.clip)
         with self.logbook.rate.paused():
             try:
-                self.state.metrics = self.evaluator.run(lambda: self.signals.asked is not None)
-            except EvaluationInterrupted:  # it is made up for when the run goes on
+                self.state.metrics = self.evaluator.run(self.lookout)
+            except StopAsked:  # it is made up for when the run goes on
                 self.must_stop = True
                 return
             self.state.evaluated_step = self.state.step
@@ -498,14 +543,31 @@ class Trainer:
             return exported_model(self.model, self.state.metrics)
         return model_in(best, is_best=True)
 
+    def told(self, error: BaseException) -> BaseException:
+        """Return what ends the run: an interruption where all were asked and this process did not hear it first.
+
+        One that meets a run as it was saved has lost nothing, and is as good as a stop.
+        """
+        is_asked, may_interrupt = self.signals.asked is not None, self.signals.may_interrupt
+        self.signals.may_interrupt = False
+        if isinstance(error, PeerEnded) and is_asked and may_interrupt:
+            error = KeyboardInterrupt()
+        self.saver.settle()
+        is_saved = self.saved_step == self.state.step and not self.saver.has_failed()
+        return Preempted(self.state.step) if isinstance(error, KeyboardInterrupt) and is_saved else error
+
     def fail(self, error: BaseException) -> None:
         """Write down why the run ended early."""
         self.logbook.progress.close()
         self.saver.settle()
         known_to_all = getattr(error, "on_every_process", False)
         if self.accelerator.is_main_process or not known_to_all:
-            state = "preempted" if isinstance(error, Preempted) else "failed"
+            state = "preempted" if isinstance(error, (Preempted, KeyboardInterrupt)) else "failed"
             self.folder.write_end(state, self.state.step, exit_code_of(error), describe_error(error), self.command)
+
+    def note_interruption(self) -> None:
+        """Write down that the run was stopped, before a process that does not hear of it is ended."""
+        self.folder.write_end("preempted", self.state.step, INTERRUPTED_EXIT_CODE, "interrupted", self.command)
 
     def note_hang(self, message: str) -> None:
         """Write down that the run hangs, before the watchdog ends this process."""

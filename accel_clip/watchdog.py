@@ -1,17 +1,19 @@
 """Ends a process that hangs, or waits for one that does, and says where it stood.
 
 How long is too long? What counts is the stretch between two beats, and a beat comes where all processes have met (after
-the reduction of a step, after a round of an evaluation), so that every process waits for the slowest and all lose
-patience together.
+the reduction of a step, after a round of an evaluation or of what is computed once), so that every process waits for
+the slowest and all lose patience together.
 
-1. Until the first step is done, and after `patient()`: `LONG_SECONDS`. Models are downloaded and blocks compiled there,
-   or the first process writes a checkpoint while the others wait in the next collective. All processes call
-   `patient()` alike, also those that have nothing to do.
+1. Until the first step is done, and after `patient()`: `LONG_SECONDS`, or `timeout_seconds` where that is longer.
+   Blocks are compiled there, pictures decoded for an evaluation, or the first process writes a checkpoint while the
+   others wait in the next collective. All processes call `patient()` alike, also those that have nothing to do.
 2. Else `timeout_seconds`, or five times the longest of the last 100 stretches where that is longer. A run whose steps
    take below nine seconds ends within the default of 45; one with slower steps, or blocks that are compiled anew for
    other shapes (the first step shows how long that takes), is given what it has shown to need.
 
-Time in which the process itself is stopped (Ctrl-Z, a suspended machine) does not count.
+Time in which the process itself is stopped (Ctrl-Z, a suspended machine) does not count. Of a process that runs alone,
+time in which it computes does not count either (`computed`): nobody waits for it, and it may take hours for a step on a
+laptop. What is left is waiting: for loader workers, a disk or a server that never answer.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
+from accel_clip.signals import leave
+
 LONG_SECONDS = 1800.0
+A_YEAR = 365 * 86400.0
 TIMES_LONGEST = 5
 NUM_RECENT = 100
+SHARE_OF_WORK = 0.02  # of a core: more than a wait takes that looks around, less than a step gets on a busy machine
 GRACE_SECONDS = 3.0  # for the other processes, whose launcher ends them when this one has ended: they report too
 
 
@@ -37,14 +43,21 @@ class Watchdog:
     """A thread that ends the process with exit code 1 when the beats stay out, after it wrote all stacks to stderr.
 
     timeout_seconds: the shortest patience after the first step; None = no thread, nothing is ended.
-    on_hang: called with the message, from a thread, and not waited for longer than a few seconds.
+    on_hang: called with the message, from a thread, and not waited for longer than a few seconds; computed: the seconds
+    of computing so far, whose time is not counted: `time.process_time` for a process that runs alone.
     """
 
-    def __init__(self, timeout_seconds: float | None, on_hang: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self,
+        timeout_seconds: float | None,
+        on_hang: Callable[[str], object] | None = None,
+        computed: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.timeout_seconds = timeout_seconds
         self.on_hang = on_hang
+        self.computed = computed
         self.last_done = "start"
-        self.limit = LONG_SECONDS
+        self.limit = self.long_patience = long_patience(timeout_seconds)
         self.began = time.monotonic()
         self.num_beats = 0
         self.has_stepped = self.is_patient = False
@@ -69,12 +82,12 @@ class Watchdog:
         if self.has_stepped and not self.is_patient:
             self.recent.append(time.monotonic() - self.began)
         self.is_patient = False
-        self.begin_stretch(done, self.patience() if self.has_stepped else LONG_SECONDS)
+        self.begin_stretch(done, self.patience() if self.has_stepped else self.long_patience)
 
     def patient(self, done: str) -> None:
         """Say what is done, and that it may be long until the next beat; for all processes alike."""
         self.is_patient = self.has_stepped
-        self.begin_stretch(done, LONG_SECONDS)
+        self.begin_stretch(done, self.long_patience)
 
     def begin_stretch(self, done: str, limit: float) -> None:
         """Count from zero, up to a limit in seconds."""
@@ -87,13 +100,14 @@ class Watchdog:
         return max(self.timeout_seconds or 0.0, TIMES_LONGEST * max(self.recent, default=0.0))
 
     def watch(self, timeout_seconds: float) -> None:
-        """Count the seconds without a beat (in the thread), as far as this process was running in them."""
+        """Count the seconds without a beat (in the thread), as far as this process was running in them, and waiting."""
         interval = min(1.0, timeout_seconds / 10)
-        num_beats, silence, looked = 0, 0.0, time.monotonic()
+        num_beats, silence, looked, computed = 0, 0.0, time.monotonic(), self.computed()
         while not self.over.wait(interval):
-            now = time.monotonic()
-            silence += min(now - looked, 2 * interval)
-            looked = now
+            now, computed_now = time.monotonic(), self.computed()
+            if computed_now - computed < SHARE_OF_WORK * (now - looked):
+                silence += min(now - looked, 2 * interval)
+            looked, computed = now, computed_now
             if num_beats != self.num_beats:
                 num_beats, silence = self.num_beats, 0.0
             elif silence > self.limit:
@@ -105,11 +119,14 @@ class Watchdog:
         message = f"rank {rank}: no progress for {silence:.0f} s, last done: {self.last_done}"
         try:
             self.tell(message)
-            way_out = "the stacks below show where it stands; if it was only slow, raise train.timeout"
+            way_out = (
+                "the stacks below show where it stands; if it was only slow, set train.timeout above "
+                f"{self.limit:.0f} seconds, or to null for never"
+            )
             write_at_once(f"accel-clip: error: {message}; {way_out}\n" + prefixed(stacks(), f"rank {rank} | "))
             time.sleep(GRACE_SECONDS)
         finally:
-            os._exit(1)
+            leave(1)
 
     def tell(self, message: str) -> None:
         """Call `on_hang`; it may hang itself, since storage that hangs is a reason to be here."""
@@ -117,6 +134,11 @@ class Watchdog:
             call = threading.Thread(target=self.on_hang, args=(message,), daemon=True)
             call.start()
             call.join(GRACE_SECONDS)
+
+
+def long_patience(timeout_seconds: float | None) -> float:
+    """Return how many seconds all may wait for one where much is to be done: without a limit, about for ever."""
+    return A_YEAR if timeout_seconds is None else max(LONG_SECONDS, timeout_seconds)
 
 
 def stacks() -> str:

@@ -15,7 +15,7 @@ PACKAGE = Path(accel_clip.__file__).parent
 FLOORS = (
     (
         *("faults", "signals", "watchdog", "meters", "stopping", "randomness", "console", "run_state"),
-        *("redaction", "network", "files", "typed", "typed_json", "saved_state"),
+        *("redaction", "network", "files", "typed", "typed_json", "saved_state", "waiting", "terminal"),
     ),
     (
         *("registry", "config", "command_line", "run_folder", "plugins", "environment", "processes", "tracking"),

@@ -1,77 +1,111 @@
-"""Workers that are started anew and not forked: the rule on macOS and Windows, and from Python 3.14 on everywhere."""
+"""Loader workers: what they hand over, how they are waited for, and how they end."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import small_model, train_py
+import torch
+from commands import ROOT, run, small_model
+from torch.utils.data import Dataset
 
-from accel_clip.faults import recognise
-
-STARTED_ANEW = """
-import multiprocessing
-import numpy
-from accel_clip import SOURCES
-from PIL import Image
-from accel_clip.data.sources.base import Pair
-
-if multiprocessing.parent_process() is None:
-    multiprocessing.set_start_method("METHOD", force=True)
+from accel_clip.data.workers import Workers, share
+from accel_clip.faults import WorkerKilled
+from accel_clip.signals import StopAsked
 
 
-class Own:
-    def __init__(self): self.name = "own"
-    def __len__(self): return 64
-    def __getitem__(self, index):
-        FAIL
-        return Pair(Image.fromarray(numpy.full((40, 40, 3), index, numpy.uint8)), (f"number {index}",))
-    def key(self, index): return str(index)
+class Numbers(Dataset[torch.Tensor]):
+    """Numbers, of which some do not come."""
+
+    def __init__(self, late: frozenset[int] = frozenset()) -> None:
+        self.late = late
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        if item in self.late:
+            time.sleep(600)
+        return torch.tensor([item])
 
 
-@SOURCES.register("own")
-def own(argument, options): return Own()
-"""
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_what_workers_hand_over_comes_in_order_and_they_end(number: int) -> None:
+    batches = [[2 * batch, 2 * batch + 1] for batch in range(6)]
+    received = list(Workers(number).load(Numbers(), torch.cat, batches))
+    assert torch.stack(received).tolist() == batches
+    assert not multiprocessing.active_children()
 
 
-def words(folder: Path, method: str, fail: str = "pass") -> tuple[str, ...]:
-    (folder / "plugin.py").write_text(STARTED_ANEW.replace("METHOD", method).replace("FAIL", fail))
-    model = ("--model.name", small_model(folder), "--plugins", "plugin.py", "--data.train", "own", "--track.to", "[]")
-    return (
-        *model,
-        "--output_dir",
-        method,
-        "--train.steps",
-        "3",
-        "--train.batch_size",
-        "16",
-        "--data.val_fraction",
-        "0.2",
+def test_a_slow_batch_is_waited_for_as_long_as_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel_clip.data.workers.SECONDS_BETWEEN_LOOKS", 0.1)
+
+    class Slow(Numbers):
+        def __getitem__(self, item: int) -> torch.Tensor:
+            time.sleep(0.5)
+            return torch.tensor([item])
+
+    assert [each.item() for each in Workers(1).load(Slow(), torch.cat, [[0], [1]])] == [0, 1]
+
+
+def test_a_stop_ends_a_wait_and_workers_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    loaded = Workers(2, is_asked=asked.is_set).load(
+        Numbers(frozenset({1, 2, 3})), torch.cat, [[item] for item in range(4)]
     )
+    assert next(loaded).item() == 0
+    threading.Timer(0.3, asked.set).start()
+    start = time.monotonic()
+    with pytest.raises(StopAsked):
+        next(loaded)
+    assert time.monotonic() - start < 4  # torch would join each of them for five seconds
+    assert not multiprocessing.active_children()
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What is handed over, tensors at all depths."""
+
+    one: torch.Tensor
+    others: dict[str, list[tuple[torch.Tensor, str]]]
+
+
+def test_tensors_are_shared_wherever_they_stand() -> None:
+    value = Nested(torch.ones(2), {"a": [(torch.ones(3), "text")]})
+    share(value)
+    assert value.one.is_shared() and value.others["a"][0][0].is_shared()
+
+
+def test_workers_that_cannot_be_started_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(process: multiprocessing.Process) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fails)
+    with pytest.raises(WorkerKilled, match=r"cannot be started: .*Too many open files: lower data.workers"):
+        list(Workers(1).load(Numbers(), torch.cat, [[0]]))
+
+
+def may_unshare() -> bool:
+    """Return whether this process may have a /dev/shm of its own."""
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_plugins_run_in_workers_before_what_they_define_arrives(method: str, tmp_path: Path) -> None:
-    runs = {}
-    for name in ("fork", method):
-        done = train_py(*words(tmp_path, name), "--data.workers", "1", "--track.every", "1", folder=tmp_path)
-        assert done.code == 0, done.err
-        runs[name] = [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").open()]
-        assert done.err.count("plugins: running") == 1
-    assert runs["fork"] == runs[method]
-
-
-@pytest.mark.parametrize(
-    ("end", "said", "unsaid"),
-    [
-        ("is killed by signal: Killed", "memory", "decoder"),
-        ("is killed by signal: Segmentation fault", "whether a picture crashes the decoder", "memory"),
-        ("exited unexpectedly", "ended by itself: its own error stands above", "memory"),
-    ],
-)
-def test_memory_is_blamed_only_where_the_kernel_killed(end: str, said: str, unsaid: str) -> None:
-    plural = "(s)" if "exited" in end else ""
-    told = recognise(RuntimeError(f"DataLoader worker (pid{plural} 4711) {end}. It is possible that …"))
-    assert told is not None and "4711" in str(told) and said in str(told) and unsaid not in str(told)
+@pytest.mark.skipif(not may_unshare(), reason="needs a mount namespace")
+@pytest.mark.parametrize(("size", "workers"), [("64k", 1), ("64k", 4), ("256k", 2)])
+def test_shared_memory_that_is_too_small_is_told_in_one_line(size: str, workers: int, tmp_path: Path) -> None:
+    words = ["--model.name", small_model(tmp_path), "--train.batch_size", "64", "--data.val_fraction", "0"]
+    words += ["--data.workers", str(workers), "--track.to", "[]", "--output_dir", "run"]
+    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm; exec "$@"'
+    train = [sys.executable, str(ROOT / "train.py"), *words]
+    done = run("unshare", "-m", "sh", "-c", mounted, "sh", *train, folder=tmp_path, timeout=120)
+    last = done.err.splitlines()[-1]
+    assert done.code == 3 and "Traceback" not in done.err, done.err
+    assert "/dev/shm" in last and "--shm-size" in last and "data.workers" in last

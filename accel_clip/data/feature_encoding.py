@@ -34,11 +34,14 @@ from accel_clip.data.decode import decode_picture
 from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
 from accel_clip.data.once import DifferentPictures, Items, Plan, load, plan_cache, say_unusable
 from accel_clip.data.sources.base import Source
+from accel_clip.data.workers import Workers
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
 from accel_clip.models.names import matches
 from accel_clip.models.towers import length_groups, text_chunks
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import UNWATCHED, Lookout, unheard
 
 MOST_ROWS = 256  # that one worker loads for a forward pass: a larger one is no faster
 COST_OF_A_GROUP = 256  # tokens: what a group of captions of one length costs beside its own
@@ -97,11 +100,13 @@ class FrozenTower:
 
 
 class DifferentCaptions(Items):
-    """The captions of a source: tokens, int [L] each, equal captions once."""
+    """The captions of a source: tokens, int [L] each, equal captions once; all pairs are read to find them."""
 
-    def __init__(self, source: Source, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Callable[[list[str]], Tensor], beat: Callable[[str], object] = unheard
+    ) -> None:
         self.source, self.tokenizer = source, tokenizer
-        found = numpy.array(list(hashed_captions(source)), numpy.int64).reshape(-1, 3)
+        found = numpy.array(list(hashed_captions(source, beat)), numpy.int64).reshape(-1, 3)
         self.keys, first = numpy.unique(found[:, 0], return_index=True)
         self.places = found[first, 1:]
 
@@ -111,9 +116,10 @@ class DifferentCaptions(Items):
         return self.tokenizer([self.source[int(sample)].captions[number]])[0]
 
 
-def hashed_captions(source: Source) -> Iterator[tuple[int, int, int]]:
+def hashed_captions(source: Source, beat: Callable[[str], object]) -> Iterator[tuple[int, int, int]]:
     """Yield every caption's hash, its sample, and which of the sample's captions it is."""
     for sample in range(len(source)):
+        beat("reading captions")
         with suppress(UnusableSample):  # the loader will meet it again, and says so then
             for number, caption in enumerate(source[sample].captions):
                 yield hash_of("caption", caption), sample, number
@@ -125,11 +131,16 @@ def decoded(pixels: Callable[[Image], Tensor], max_pixels: float, image: Image |
 
 
 def open_features(
-    tower: FrozenTower, source: Source, max_pixels: float, folder: Path, num_workers: int
+    tower: FrozenTower,
+    source: Source,
+    max_pixels: float,
+    folder: Path,
+    num_workers: int,
+    lookout: Lookout = UNWATCHED,
 ) -> FeatureCache:
     """Return the features of a frozen tower for all pairs of a source, from disk or encoded now; collective.
 
-    Raises `StorageError` where they cannot be written, or read by every process.
+    Raises `StorageError` where they cannot be written, or read by every process, and `StopAsked`.
     """
     items: Items
     if tower.side == "image":
@@ -137,14 +148,14 @@ def open_features(
             source, partial(decoded, evaluation_pixels(tower.model.preprocess_config), max_pixels)
         )
     else:
-        items = DifferentCaptions(source, tower.model.tokenizer)
+        items = DifferentCaptions(source, tower.model.tokenizer, lookout.beat)
     if not len(items):
         raise DataError(f"data.train: {source.name} holds no usable {NOUNS[tower.side]}")
     fingerprint = {**tower.fingerprint(), "max_pixels": max_pixels}
     plan = plan_cache(tower.accelerator, FeatureCache, folder, fingerprint, items, "features")
     if len(plan.todo):
         say(f"encoding {len(plan.todo):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
-        encode_all(tower, items, plan, folder, fingerprint, num_workers)
+        encode_all(tower, items, plan, folder, fingerprint, num_workers, lookout)
     try:
         return FeatureCache(folder)
     except (OSError, ValueError) as error:
@@ -154,17 +165,26 @@ def open_features(
 
 
 def encode_all(
-    tower: FrozenTower, items: Items, plan: Plan, folder: Path, fingerprint: Fingerprint, num_workers: int
+    tower: FrozenTower,
+    items: Items,
+    plan: Plan,
+    folder: Path,
+    fingerprint: Fingerprint,
+    num_workers: int,
+    lookout: Lookout,
 ) -> None:
-    """Encode what is planned, each process its share, and write all features."""
+    """Encode what is planned, each process its share, and write all features; raises `StopAsked` on all processes."""
     accelerator, num_rows = tower.accelerator, min(tower.rows, MOST_ROWS)
     width = tower.model.model_config["embed_dim"]
     writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
     own_problems: list[tuple[int, UnusableSample]] = []
     chunks = own_chunks(accelerator, plan.todo, num_rows)
     tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
-    loaded = load(items, chunks, num_workers, torch.stack)
-    for number, (items_of_chunk, chunk) in enumerate(zip(chunks, loaded, strict=True)):
+    loaded = load(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
+    for number, items_of_chunk in enumerate(chunks):
+        with suppress(StopAsked):  # the others learn of it where they meet
+            chunk = next(loaded)
+        lookout.meet(accelerator, "encoding")
         rows = torch.zeros(num_rows, width, device=accelerator.device)
         if chunk.inputs is not None:
             rows[chunk.usable] = tower.encode(chunk.inputs)

@@ -13,7 +13,7 @@ from accel_clip.console import say
 from accel_clip.data.batch import joined
 from accel_clip.data.examples import Preparation
 from accel_clip.data.feed_parts import Batches, FetchedPart, Part, Seat, StreamPart
-from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, choose_num_lanes
+from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, Mark, choose_num_lanes
 from accel_clip.data.mixture import (
     describe_batch,
     listed,
@@ -95,6 +95,15 @@ class Feed:
             for _ in batches:
                 batch = joined([next(each) for each in loaded])
                 yield batch.pin_memory() if seat.pin_memory and not pin_parts else batch
+
+    def places(self) -> list[dict[int, Mark]]:
+        """Return where this process stands in the streams."""
+        return [dict(part.marks) for part in self.streams]
+
+    def return_to(self, places: Sequence[dict[int, Mark]]) -> None:
+        """Forget batches that were taken since, and not trained on: the next process takes them again."""
+        for part, marks in zip(self.streams, places, strict=True):
+            part.marks = marks
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells whether the data is the same, and where streams stand, as plain JSON; collective."""

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import multiprocessing
-import signal
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import (
     MISSING,
     SAMPLES_TO_KNOW_THE_ROOT,
     BadSample,
-    UnusableData,
     UnusableSample,
     too_few_usable,
 )
@@ -28,6 +20,7 @@ from accel_clip.data.examples import Example, Preparation, batch_of
 from accel_clip.data.order import BatchOrder, Place
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import origin
+from accel_clip.data.workers import Workers, memory_shared, usable_or_raise
 from accel_clip.faults import DataError, recognised
 from accel_clip.plugins import PluginsFirst
 
@@ -101,70 +94,6 @@ def collate(fetched: Sequence[Found | DataError]) -> Batch | DataError:
     return batch_of([item.example for item in found], [bad for item in found for bad in item.bad_samples])
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which a launcher sends to the whole group, to the training process.
-
-    It may need more batches until it stops, and tells its workers to end itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def start_worker(worker: int) -> None:
-    """Begin a worker process: without interrupts, and without copies of what the training process has in memory.
-
-    Its first full garbage collection would copy more than 100 MiB, see `memory_shared`.
-    """
-    ignore_interrupt(worker)
-    gc.freeze()
-
-
-@atexit.register
-def end_workers() -> None:
-    """End the workers that are left when the program ends, such as those of a loader that an error's traceback holds.
-
-    Python would ask them by SIGTERM, which they ignore, and wait for them forever.
-    """
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take the killed for an error
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
-def usable_or_raise(loaded: Any) -> Any:
-    """Return what a worker loaded, unless it is an error that ends the run."""
-    if isinstance(loaded, DataError):
-        raise UnusableData(str(loaded)) from loaded
-    return loaded
-
-
-@contextmanager
-def memory_shared() -> Iterator[None]:
-    """Keep garbage collection off what there is before a block, in which workers share it: it would copy their pages.
-
-    A collection writes into every object that it looks at, and a page that is written is no longer shared.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def worker_settings(num_workers: int, num_ahead: int) -> dict[str, Any]:
-    """Return what every loader of this package is built with; each worker prepares `num_ahead` batches ahead.
-
-    A generator of its own keeps a loader from drawing on torch's, so that dropout does not depend on the workers.
-    """
-    return {
-        "num_workers": num_workers,
-        "prefetch_factor": num_ahead if num_workers else None,
-        "worker_init_fn": start_worker,
-        "generator": torch.Generator(),
-    }
-
-
 def iterate(
     pairs: TrainingPairs, places: BatchPlaces, config: DataConfig, num_workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
@@ -172,8 +101,7 @@ def iterate(
 
     Closed, it ends its workers.
     """
-    settings = worker_settings(num_workers, config.prefetch)
-    loader = DataLoader(pairs, batch_sampler=places, collate_fn=collate, pin_memory=pin_memory, **settings)
+    workers = Workers(num_workers, config.prefetch, pin_memory)
     with recognised(), memory_shared():
-        for item in loader:
+        for item in workers.load(pairs, collate, places):
             yield usable_or_raise(item)

@@ -18,20 +18,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accel_clip.console import is_first_process, say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.cache_folder import CacheFolder, Fingerprint
 from accel_clip.data.captions import hash_of
-from accel_clip.data.loader import usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.stamps import stamps_of
+from accel_clip.data.workers import Workers, usable_or_raise
 from accel_clip.faults import DataError
 from accel_clip.plugins import PluginsFirst
 
-NUM_AHEAD = 2  # chunks that each worker has ready
 Loaded = Tensor | UnusableSample | DataError
 Join = Callable[[list[Tensor]], Any]
 """From the items of a chunk to what is handed on of them."""
@@ -102,16 +101,16 @@ class LoadedChunk:
     problems: dict[int, UnusableSample] = field(default_factory=dict)
 
 
-def load(items: Items, chunks: Sequence[Sequence[int]], num_workers: int, join: Join) -> Iterator[LoadedChunk]:
-    """Yield chunks of items behind a progress bar on the first process; raises what a worker could not get over."""
-    loader = DataLoader(
-        items,
-        batch_sampler=[list(chunk) for chunk in chunks],
-        collate_fn=partial(collate, join),
-        **worker_settings(num_workers, NUM_AHEAD),
-    )
+def load(items: Items, chunks: Sequence[Sequence[int]], workers: Workers, join: Join) -> Iterator[LoadedChunk]:
+    """Yield chunks of items behind a progress bar on the first process.
+
+    Raises what a worker could not get over, and `StopAsked`.
+    """
+    lists = [list(chunk) for chunk in chunks]
+    loaded = workers.load(items, partial(collate, join), lists)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
-    for chunk in tqdm(loader, unit="chunk", leave=False, disable=not is_first_process(), mininterval=interval):
+    hidden = not is_first_process()
+    for chunk in tqdm(loaded, total=len(lists), unit="chunk", leave=False, disable=hidden, mininterval=interval):
         yield usable_or_raise(chunk)
 
 

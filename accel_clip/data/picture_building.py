@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy
@@ -28,7 +29,6 @@ from accel_clip.data.augmentation import TRAINING_CROP_RATIO, TRAINING_CROP_SCAL
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.cache_folder import Fingerprint
 from accel_clip.data.examples import preparation_for
-from accel_clip.data.loader import usable_or_raise
 from accel_clip.data.once import (
     DifferentPictures,
     LoadedChunk,
@@ -39,15 +39,20 @@ from accel_clip.data.once import (
 )
 from accel_clip.data.picture_cache import PictureCache, PictureWriter
 from accel_clip.data.sources.base import Source
+from accel_clip.data.workers import Workers, usable_or_raise
 from accel_clip.faults import StorageError
 from accel_clip.files.marked import remove_folder
 from accel_clip.models.build import ClipModel
 from accel_clip.processes import num_local_processes
 from accel_clip.run_folder import PICTURES
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import UNWATCHED, Lookout
 
 NUM_TO_ESTIMATE = 64
 PICTURES_AT_ONCE = 16  # what a worker hands over in one piece: a few MB of shared memory
 COPIED_AT_ONCE = 64  # from an old cache: some MB
+Building = Generator[bool | None, None, None]
+"""None after every piece, and at last whether the pictures are on disk"""
 
 
 def open_pictures(
@@ -57,20 +62,19 @@ def open_pictures(
     config: Config,
     folder: Path,
     num_workers: int,
-    beat: Callable[[str], object] = lambda done: None,
+    lookout: Lookout = UNWATCHED,
 ) -> PictureCache | None:
     """Return the decoded pictures of a source, from disk or decoded now, None where they do not fit; collective.
 
-    beat: called by all processes while pictures are decoded. Raises `StorageError` where they cannot be written, or
-    read by every process.
+    Raises `StorageError` where they cannot be written, or read by every process, and `StopAsked`.
     """
     pictures = DifferentPictures(source, preparation_for(model, config).decoded)
     fingerprint = decoding_of(model, config)
     plan = plan_cache(accelerator, PictureCache, folder, fingerprint, pictures, "decoded pictures")
     if len(plan.todo):
-        num_workers *= num_local_processes()
-        building = build(pictures, plan, folder, fingerprint, config.data.image_cache_gib, num_workers)
-        if not wait_for(accelerator, building, beat):
+        workers = Workers(num_workers * num_local_processes(), is_asked=lookout.is_asked)
+        building = build(pictures, plan, folder, fingerprint, config.data.image_cache_gib, workers)
+        if not wait_for(accelerator, building, lookout):
             return None
     try:
         return PictureCache(folder)
@@ -91,33 +95,40 @@ def decoding_of(model: ClipModel, config: Config) -> Fingerprint:
     }
 
 
-def wait_for(accelerator: Accelerator, building: Iterator[bool | None], beat: Callable[[str], object]) -> bool:
-    """Let the first process build, and return in all whether it did; they meet after every piece, so none gives up."""
+def wait_for(accelerator: Accelerator, building: Building, lookout: Lookout) -> bool:
+    """Let the first process build, and return in all whether it did; they meet after every piece, so none gives up.
+
+    Raises `StopAsked` on all.
+    """
     is_built = None
-    while is_built is None:
-        [is_built] = broadcast_object_list([next(building) if accelerator.is_main_process else None])
-        beat("decoding pictures")
+    with closing(building):
+        while is_built is None:
+            with suppress(StopAsked):  # the others learn of it where they meet
+                is_built = next(building) if accelerator.is_main_process else None
+            [is_built] = broadcast_object_list([is_built])
+            lookout.meet(accelerator, "decoding pictures")
     return is_built
 
 
 def build(
-    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
-) -> Iterator[bool | None]:
+    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, workers: Workers
+) -> Building:
     """Decode what is planned and write all, if there is room: yield None after every piece, and at last whether it is.
 
-    Raises `StorageError` where the disk has less room than they need.
+    Raises `StorageError` where the disk has less room than they need, and `StopAsked`.
     """
     old = PictureCache(folder) if len(plan.kept) else None
     if old is None:
         remove_old(folder)
-    expected = expected_bytes(pictures, plan.todo) + (0 if old is None else old.bytes_of(plan.rows))
+    expected = yield from expected_bytes(pictures, plan.todo)
+    expected += 0 if old is None else old.bytes_of(plan.rows)
     if expected > room_gib * GIB:
         remove_old(folder)
         say(f"the decoded pictures would take about {in_gib(expected)}, more than {too_small(room_gib)}")
         yield False
         return
     require_space(folder, expected)
-    yield from write_all(pictures, plan, folder, fingerprint, room_gib, num_workers)
+    yield from write_all(pictures, plan, folder, fingerprint, room_gib, workers)
 
 
 def remove_old(folder: Path) -> None:
@@ -129,13 +140,13 @@ def remove_old(folder: Path) -> None:
 
 
 def write_all(
-    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, num_workers: int
-) -> Iterator[bool | None]:
+    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, workers: Workers
+) -> Building:
     """Write all pictures until they take too much room; yields what `build` does."""
     old = PictureCache(folder) if len(plan.kept) else None
     problems: dict[int, UnusableSample] = {}
     with PictureWriter(folder) as writer:
-        for values, shapes in pieces(pictures, plan, old, problems, num_workers):
+        for values, shapes in pieces(pictures, plan, old, problems, workers):
             writer.append(values, shapes)
             if writer.num_bytes > room_gib * GIB:
                 break
@@ -159,14 +170,14 @@ def pieces(
     plan: Plan,
     old: PictureCache | None,
     problems: dict[int, UnusableSample],
-    num_workers: int,
+    workers: Workers,
 ) -> Iterator[tuple[Tensor, list[tuple[int, ...]]]]:
     """Yield the values and the shapes of pictures: those that are decoded, then those of the old cache.
 
     problems: takes in what cannot be used, by key.
     """
     chunks = plan.chunks(PICTURES_AT_ONCE)
-    for chunk, loaded in zip(chunks, load(pictures, chunks, num_workers, flattened), strict=True):
+    for chunk, loaded in zip(chunks, load(pictures, chunks, workers, flattened), strict=True):
         problems.update({int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()})
         yield in_places(loaded, len(chunk))
     if old is None or plan.is_needless(old.unusable, problems):
@@ -187,11 +198,18 @@ def flattened(pictures: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
     return torch.cat([each.reshape(-1) for each in pictures]), [tuple(each.shape) for each in pictures]
 
 
-def expected_bytes(pictures: DifferentPictures, items: numpy.ndarray) -> int:
-    """Return about how many bytes some pictures, int64 [m] of one or more, take: from a sample spread over them."""
+def expected_bytes(pictures: DifferentPictures, items: numpy.ndarray) -> Generator[None, None, int]:
+    """Return about how many bytes some pictures, int64 [m] of one or more, take: from a sample spread over them.
+
+    Yields after each picture of it.
+    """
     sample = items[numpy.linspace(0, len(items) - 1, min(NUM_TO_ESTIMATE, len(items))).astype(int)]
-    loaded = [usable_or_raise(pictures[int(item)]) for item in sample]
-    return sum(each.nbytes for each in loaded if isinstance(each, Tensor)) * len(items) // len(sample)
+    num_bytes = 0
+    for item in sample:
+        loaded = usable_or_raise(pictures[int(item)])
+        num_bytes += loaded.nbytes if isinstance(loaded, Tensor) else 0
+        yield
+    return num_bytes * len(items) // len(sample)
 
 
 def require_space(folder: Path, needed: int) -> None:

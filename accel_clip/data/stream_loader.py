@@ -6,15 +6,15 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import BadSample, UnusableSample, too_few_usable
 from accel_clip.data.batch import Batch, joined
 from accel_clip.data.examples import Example, Preparation, batch_of
 from accel_clip.data.lanes import Given, Lane, Mark
-from accel_clip.data.loader import memory_shared, usable_or_raise, worker_settings
 from accel_clip.data.sources.base import Stream
+from accel_clip.data.workers import Workers, memory_shared, usable_or_raise
 from accel_clip.faults import DataError, recognised
 from accel_clip.plugins import PluginsFirst
 from accel_clip.randomness import derive_seed
@@ -96,6 +96,11 @@ class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
         return BadSample(name, key, problem.reason, problem.path, problem.detail, given.mark.epoch)
 
 
+def as_it_is(part: Batch | DataError) -> Batch | DataError:
+    """Return what is put together already."""
+    return part
+
+
 def iterate_stream(
     parts: StreamParts, config: DataConfig, num_workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
@@ -106,9 +111,8 @@ def iterate_stream(
     num_lanes = len(parts.lanes.numbers)
     workers = most_dividing(num_lanes, num_workers)
     ahead = ceil(config.prefetch * num_lanes / max(1, workers))
-    loader = DataLoader(parts, batch_size=None, **worker_settings(workers, ahead))
     with recognised(), memory_shared():
-        items = iter(loader)
+        items = Workers(workers, ahead).load(parts, as_it_is)
         while True:
             whole = joined([usable_or_raise(next(items)) for _ in range(num_lanes)])
             yield whole.pin_memory() if pin_memory else whole

@@ -12,6 +12,7 @@ every evaluation: a picture that cannot be used is black there, and what becomes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -21,18 +22,19 @@ from accelerate.utils import gather_object
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from accel_clip.data.bad_samples import UnusableSample, missing_too_many, too_few_usable
 from accel_clip.data.decode import decode_picture
-from accel_clip.data.loader import ignore_interrupt
 from accel_clip.data.sources.base import Source
+from accel_clip.data.workers import Workers
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
 from accel_clip.plugins import PluginsFirst
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import UNWATCHED, Lookout, never
 
-INTERRUPTED = "the evaluation is interrupted"
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
 Problems = dict[int, UnusableSample]
 """what is wrong with a picture, by its place among those that are encoded"""
@@ -50,10 +52,6 @@ class Loaded:
         return replace(self, pictures=self.pictures.pin_memory())
 
 
-class EvaluationInterrupted(Exception):
-    """Raised on all processes when one of them is asked to stop in the middle of an evaluation."""
-
-
 def encode_pictures(
     accelerator: Accelerator,
     model: ClipModel,
@@ -62,21 +60,22 @@ def encode_pictures(
     batch_size: int,
     max_pixels: float,
     num_workers: int,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    lookout: Lookout = UNWATCHED,
 ) -> tuple[Tensor, Problems]:
     """Return the features of the pictures at `indices` of a source, float32 [N, D] on the CPU, and which are unusable.
 
     Pictures are decoded in full and go through open_clip's evaluation transform; the features of an unusable one mean
     nothing. Every process gets the same. Raises `DataError` on all processes when a source fails on one of them, and
-    `EvaluationInterrupted` when one is asked to stop.
+    `StopAsked` when one is asked to stop.
     """
     transform = image_transform_v2(PreprocessCfg(**model.preprocess_config), is_train=False)
     pictures = Pictures(source, transform, max_pixels)
     own_items = chunks_of(accelerator, len(indices), batch_size)
-    loaded = load(pictures, [[indices[item] for item in chunk] for chunk in own_items], num_workers, accelerator.device)
+    own_indices = [[indices[item] for item in chunk] for chunk in own_items]
+    loaded = load(pictures, own_indices, num_workers, accelerator.device, lookout.is_asked)
     own_problems: list[tuple[int, UnusableSample]] = []
-    chunks = until_asked(without_problems(loaded, own_items, own_problems), is_asked_to_stop)
-    features = encode(accelerator, model, "image", chunks, len(indices), batch_size)
+    chunks = without_problems(loaded, own_items, own_problems)
+    features = encode(accelerator, model, "image", chunks, len(indices), batch_size, lookout)
     return features, dict(sorted(gather_object(own_problems)))
 
 
@@ -92,12 +91,6 @@ def without_problems(
             yield chunk.pictures
 
 
-def until_asked(chunks: Iterable[Tensor | str], is_asked_to_stop: Callable[[], bool]) -> Iterator[Tensor | str]:
-    """Yield chunks until this process is asked to stop, then what ends the evaluation on all of them."""
-    for chunk in chunks:
-        yield INTERRUPTED if is_asked_to_stop() else chunk
-
-
 def usable_places(source: Source, num_pictures: int, problems: Mapping[int, UnusableSample]) -> list[int]:
     """Return the places of the pictures that can be used; raises `DataError` without any, or when most are missing."""
     if len(problems) == num_pictures or missing_too_many(problems.values(), num_pictures):
@@ -106,11 +99,17 @@ def usable_places(source: Source, num_pictures: int, problems: Mapping[int, Unus
     return [place for place in range(num_pictures) if place not in problems]
 
 
-def encode_captions(accelerator: Accelerator, model: ClipModel, captions: Sequence[str], batch_size: int) -> Tensor:
-    """Return the features of captions, float32 [M, D] on the CPU of every process."""
+def encode_captions(
+    accelerator: Accelerator,
+    model: ClipModel,
+    captions: Sequence[str],
+    batch_size: int,
+    lookout: Lookout = UNWATCHED,
+) -> Tensor:
+    """Return the features of captions, float32 [M, D] on the CPU of every process; raises `StopAsked` on all."""
     own_chunks = chunks_of(accelerator, len(captions), batch_size)
     tokens = (model.tokenizer([captions[item] for item in chunk]).to(accelerator.device) for chunk in own_chunks)
-    return encode(accelerator, model, "text", tokens, len(captions), batch_size)
+    return encode(accelerator, model, "text", tokens, len(captions), batch_size, lookout)
 
 
 def chunks_of(accelerator: Accelerator, num_items: int, batch_size: int) -> list[range]:
@@ -126,10 +125,11 @@ def encode(
     own_chunks: Iterable[Tensor | str],
     num_items: int,
     batch_size: int,
+    lookout: Lookout,
 ) -> Tensor:
     """Return the features of all items, float32 [num_items, D]; a chunk that is a text is an error to raise on all.
 
-    side: `image` or `text`. The bare model is called: DDP's forward would broadcast buffers.
+    So is `StopAsked`. side: `image` or `text`. The bare model is called: DDP's forward would broadcast buffers.
     """
     width = model.model_config["embed_dim"]
     features = torch.empty(num_items, width)
@@ -137,7 +137,10 @@ def encode(
     encoders: dict[str, Callable[..., Tensor]] = {"image": encode_image, "text": encode_text}
     with evaluation_mode(model.clip), torch.no_grad(), accelerator.autocast():
         for start in range(0, num_items, batch_size * accelerator.num_processes):
-            chunk = next(chunks, None)  # None: in the last round some processes have nothing to encode
+            chunk = None
+            with suppress(StopAsked):  # the others learn of it where they meet
+                chunk = next(chunks, None)  # None: in the last round some processes have nothing to encode
+            lookout.meet(accelerator, "evaluation")
             raise_together(accelerator, chunk if isinstance(chunk, str) else None)
             rows = torch.zeros(batch_size, width, device=accelerator.device)
             if isinstance(chunk, Tensor):
@@ -152,7 +155,7 @@ def raise_together(accelerator: Accelerator, problem: str | None) -> None:
     failed = accelerator.gather(torch.tensor([int(problem is not None)], device=accelerator.device))
     if failed.any():
         text = next(text for text in gather_object([problem]) if text is not None)
-        raise EvaluationInterrupted if text == INTERRUPTED else DataError(text)
+        raise DataError(text)
 
 
 class Pictures(PluginsFirst, Dataset[Tensor | UnusableSample | str]):
@@ -186,23 +189,19 @@ class Pictures(PluginsFirst, Dataset[Tensor | UnusableSample | str]):
 
 
 def load(
-    pictures: Pictures, own_chunks: list[list[int]], num_workers: int, device: torch.device
+    pictures: Pictures,
+    own_chunks: list[list[int]],
+    num_workers: int,
+    device: torch.device,
+    is_asked: Callable[[], bool] = never,
 ) -> Iterator[Loaded | str]:
     """Yield this process's chunks of pictures, on the device, or the error that ends the evaluation.
 
-    A generator of its own keeps the loader from drawing on torch's, which belongs to the training.
+    Raises `StopAsked` when this process is asked to stop.
     """
     messages = [split(chunk) for chunk in own_chunks]
-    loader = DataLoader(
-        pictures,
-        batch_sampler=[message for chunk in messages for message in chunk],
-        collate_fn=pictures.collate,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),
-    )
-    received = iter(loader)
+    workers = Workers(num_workers, pin_memory=device.type == "cuda", is_asked=is_asked)
+    received = workers.load(pictures, pictures.collate, [each for chunk in messages for each in chunk])
     for chunk in messages:
         yield join(list(islice(received, len(chunk))), device)
 

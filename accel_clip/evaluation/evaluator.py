@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +21,7 @@ from accel_clip.evaluation.validation import HeldOutPairs, read_held_out, valida
 from accel_clip.evaluation.zero_shot import LabelledPictures, accuracy, class_features, read_labelled
 from accel_clip.losses.base import Loss
 from accel_clip.models.build import ClipModel
+from accel_clip.waiting import UNWATCHED, Lookout
 
 Pictures = TypeVar("Pictures", HeldOutPairs, LabelledPictures)
 
@@ -65,40 +65,42 @@ class Evaluator:
         names = set() if self.held_out is None else {"val/loss", *names_of_retrieval()}
         return names if self.labelled is None else names | {"zero_shot/top1", "zero_shot/top5"}
 
-    def run(self, is_asked_to_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    def run(self, lookout: Lookout = UNWATCHED) -> dict[str, float]:
         """Return all metrics of the model as it is now; leaves its training mode and the random state as they were.
 
         Pictures that cannot be used are left out, which is said once. Raises `DataError` when no other is left, or when
-        most are missing files, and `EvaluationInterrupted` when a process is asked to stop.
+        most are missing files, and `StopAsked` when a process is asked to stop.
         """
-        validation = {} if self.held_out is None else self.validate(self.held_out, is_asked_to_stop)
-        classification = {} if self.labelled is None else self.classify(self.labelled, is_asked_to_stop)
+        validation = {} if self.held_out is None else self.validate(self.held_out, lookout)
+        classification = {} if self.labelled is None else self.classify(self.labelled, lookout)
         return validation | classification
 
-    def validate(self, pairs: HeldOutPairs, is_asked_to_stop: Callable[[], bool]) -> dict[str, float]:
+    def validate(self, pairs: HeldOutPairs, lookout: Lookout) -> dict[str, float]:
         """Return the validation loss and the retrieval metrics; the examples of the picture grid are kept."""
         accelerator, model, batch_size = self.accelerator, self.model, self.config.batch_size
-        images, pairs = self.encode_usable(pairs, is_asked_to_stop)
-        texts = encode_captions(accelerator, model, pairs.captions, batch_size)
+        images, pairs = self.encode_usable(pairs, lookout)
+        texts = encode_captions(accelerator, model, pairs.captions, batch_size, lookout)
         self.shown = pairs
         self.mean_cosines = {"pictures": mean_cosine(images), "captions": mean_cosine(texts)}
         self.examples = nearest_examples(images, texts, pairs.image_of_pair, pairs.text_of_pair)
-        loss = validation_loss(accelerator, self.loss, model.clip, images, texts, pairs, batch_size)
+        loss = validation_loss(accelerator, self.loss, model.clip, images, texts, pairs, batch_size, lookout)
         return {
             "val/loss": loss,
-            **retrieval_metrics(accelerator, images, texts, pairs.image_of_pair, pairs.text_of_pair),
+            **retrieval_metrics(accelerator, images, texts, pairs.image_of_pair, pairs.text_of_pair, lookout),
         }
 
-    def classify(self, labelled: LabelledPictures, is_asked_to_stop: Callable[[], bool]) -> dict[str, float]:
+    def classify(self, labelled: LabelledPictures, lookout: Lookout) -> dict[str, float]:
         """Return the zero-shot accuracy."""
-        images, labelled = self.encode_usable(labelled, is_asked_to_stop)
-        config = self.config
-        classes = class_features(self.accelerator, self.model, labelled.classes, config.templates, config.batch_size)
-        return accuracy(self.accelerator, images, classes, labelled.class_of_picture)
+        images, labelled = self.encode_usable(labelled, lookout)
+        accelerator, config = self.accelerator, self.config
+        classes = class_features(
+            accelerator, self.model, labelled.classes, config.templates, config.batch_size, lookout
+        )
+        return accuracy(accelerator, images, classes, labelled.class_of_picture, lookout)
 
-    def encode_usable(self, pictures: Pictures, is_asked_to_stop: Callable[[], bool]) -> tuple[Tensor, Pictures]:
+    def encode_usable(self, pictures: Pictures, lookout: Lookout) -> tuple[Tensor, Pictures]:
         """Return the features of the pictures that can be used, and what is left when the others are taken out."""
-        images, problems = self.encode_pictures(pictures.source, pictures.indices, is_asked_to_stop=is_asked_to_stop)
+        images, problems = self.encode_pictures(pictures.source, pictures.indices, lookout=lookout)
         if not problems:
             return images, pictures
         usable = usable_places(pictures.source, len(images), problems)

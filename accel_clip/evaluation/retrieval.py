@@ -17,6 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from accel_clip.waiting import UNWATCHED, Lookout
+
 QUERIES_PER_CHUNK = 128  # with a million candidates, the scores of a chunk take 1 GiB
 RECALL_AT = (1, 5, 10)
 
@@ -27,14 +29,15 @@ def retrieval_metrics(
     text_features: Tensor,
     image_of_pair: Tensor,
     text_of_pair: Tensor,
+    lookout: Lookout = UNWATCHED,
 ) -> dict[str, float]:
     """Return recall at 1, 5 and 10 (0 to 1), mean rank and median rank (from 1) in both directions, by contract name.
 
     image_features: unit-norm [N, D]; text_features: unit-norm [M, D]; picture `image_of_pair[p]` and caption
     `text_of_pair[p]` belong together. Every picture and every caption must be in a pair.
     """
-    to_text = ranks(accelerator, image_features, text_features, image_of_pair, text_of_pair)
-    to_image = ranks(accelerator, text_features, image_features, text_of_pair, image_of_pair)
+    to_text = ranks(accelerator, image_features, text_features, image_of_pair, text_of_pair, lookout)
+    to_image = ranks(accelerator, text_features, image_features, text_of_pair, image_of_pair, lookout)
     return summary("val/image_to_text", to_text) | summary("val/text_to_image", to_image)
 
 
@@ -62,19 +65,19 @@ def ranks(
     candidates: Tensor,
     query_of_pair: Tensor,
     candidate_of_pair: Tensor,
+    lookout: Lookout = UNWATCHED,
 ) -> Tensor:
     """Return the rank of each query's best own candidate, int64 [Q] from 1, on the CPU of every process.
 
     queries: [Q, D]; candidates: [M, D]; candidate `candidate_of_pair[p]` is one of query `query_of_pair[p]`'s own.
-    Chunks of queries are divided over the processes; memory grows with M.
+    Chunks of queries are divided over the processes; memory grows with M. Raises `StopAsked` on all.
     """
     device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")  # MPS lacks float64
     query_of_pair, order = query_of_pair.sort()
     candidate_of_pair = candidate_of_pair[order]
     candidates = candidates.to(device, torch.float64)
     found = torch.zeros(len(queries), dtype=torch.int64, device=accelerator.device)
-    starts = range(0, len(queries), QUERIES_PER_CHUNK)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+    for start in lookout.rounds(accelerator, range(0, len(queries), QUERIES_PER_CHUNK), "evaluation"):
         chunk = queries[start : start + QUERIES_PER_CHUNK].to(device, torch.float64)
         first, last = torch.searchsorted(query_of_pair, torch.tensor([start, start + len(chunk)])).tolist()
         own_query = (query_of_pair[first:last] - start).to(device)

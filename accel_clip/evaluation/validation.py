@@ -18,6 +18,7 @@ from accel_clip.faults import DataError
 from accel_clip.losses.base import Loss, total
 from accel_clip.losses.precision import ieee_float32
 from accel_clip.randomness import derive_seed
+from accel_clip.waiting import UNWATCHED, Lookout
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,12 @@ def validation_loss(
     text_features: Tensor,
     pairs: HeldOutPairs,
     batch_size: int,
+    lookout: Lookout = UNWATCHED,
 ) -> float:
     """Return the mean loss over batches of `batch_size` pairs (all when fewer), the same on every process.
 
     image_features, text_features: unit-norm float32 [N, D] and [M, D]. A pair counts with its first caption. Batches
-    are cut from one fixed order, a short last one is left out; they are divided over the processes.
+    are cut from one fixed order, a short last one is left out; they are divided over the processes. Raises `StopAsked`.
     """
     num_pairs = len(pairs.image_of_row)
     batch_size = min(batch_size, num_pairs)
@@ -117,10 +119,10 @@ def validation_loss(
     losses = torch.zeros(len(batches), device=accelerator.device)
     with torch.no_grad(), ieee_float32():
         scalars = logit_scalars(clip)
-        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
-            images = image_features[pairs.image_of_row[batches[number]]].to(accelerator.device)
-            texts = text_features[pairs.text_of_row[batches[number]]].to(accelerator.device)
+        for number in lookout.rounds(accelerator, range(len(batches)), "evaluation"):
             rows = batches[number]
+            images = image_features[pairs.image_of_row[rows]].to(accelerator.device)
+            texts = text_features[pairs.text_of_row[rows]].to(accelerator.device)
             identity = {"caption_hash": pairs.text_of_row[rows], "picture_hash": pairs.image_of_row[rows]}
             identity = {name: each.to(accelerator.device) for name, each in identity.items()}
             losses[number] = total(loss({"image_features": images, "text_features": texts, **identity, **scalars}))

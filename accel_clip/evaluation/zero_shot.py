@@ -22,6 +22,7 @@ from accel_clip.evaluation.encode import encode_captions
 from accel_clip.evaluation.retrieval import ranks, recall_at
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.models.build import ClipModel
+from accel_clip.waiting import UNWATCHED, Lookout
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,29 @@ def read_labelled(source: Source, label_key: str | None = None) -> LabelledPictu
 
 
 def class_features(
-    accelerator: Accelerator, model: ClipModel, classes: list[str], templates: list[str], batch_size: int
+    accelerator: Accelerator,
+    model: ClipModel,
+    classes: list[str],
+    templates: list[str],
+    batch_size: int,
+    lookout: Lookout = UNWATCHED,
 ) -> Tensor:
     """Return the features of classes, unit-norm float32 [C, D]; `{}` in a template stands for the class name."""
     prompts = [template.replace("{}", name) for name in classes for template in templates]
-    features = encode_captions(accelerator, model, prompts, batch_size)
+    features = encode_captions(accelerator, model, prompts, batch_size, lookout)
     by_class = F.normalize(features, dim=-1).view(len(classes), len(templates), -1)
     return F.normalize(by_class.mean(dim=1), dim=-1)
 
 
 def accuracy(
-    accelerator: Accelerator, image_features: Tensor, class_features: Tensor, class_of_picture: Tensor
+    accelerator: Accelerator,
+    image_features: Tensor,
+    class_features: Tensor,
+    class_of_picture: Tensor,
+    lookout: Lookout = UNWATCHED,
 ) -> dict[str, float]:
     """Return `zero_shot/top1` (0 to 1), and `zero_shot/top5` where there are more than five classes."""
     pictures = torch.arange(len(image_features))
-    found = ranks(accelerator, image_features, class_features, pictures, class_of_picture)
+    found = ranks(accelerator, image_features, class_features, pictures, class_of_picture, lookout)
     shown = (1, 5) if len(class_features) > 5 else (1,)
     return {f"zero_shot/top{k}": recall_at(k, found) for k in shown}

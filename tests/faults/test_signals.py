@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from accel_clip.signals import StopSignals, following_launcher, has_launcher
+from accel_clip.signals import StopAsked, StopSignals, following_launcher, has_launcher
 
 RUNS_STEPS = """
 import sys, time
@@ -75,7 +75,7 @@ def start_stepping(saving: float) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_asked_to_stop_ends_by_itself(number: signal.Signals) -> None:
     process = start_stepping(saving=0.3)
     process.send_signal(number)
@@ -104,7 +104,7 @@ def test_ctrl_c_again_ends_at_once(first: signal.Signals) -> None:
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_starting_interrupts(number: signal.Signals) -> None:
     process = start(RUNS_STEPS.format(start_up=60, saving=0))
     wait_for_line(process, "starting")
@@ -184,6 +184,86 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGTERM, found[1])
 
 
+def test_nohup_outlives_its_terminal() -> None:
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", RUNS_STEPS.format(start_up=0, saving=0)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_line(process, "stepping")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.communicate(timeout=10)[0] == "saved after SIGTERM\n"
+
+
+def test_a_wait_that_raises_is_left_at_once_also_when_somebody_asked_before() -> None:
+    with StopSignals() as signals:
+        with pytest.raises(StopAsked), signals.raising():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(10)
+        with pytest.raises(StopAsked), signals.raising():
+            time.sleep(10)
+        signal.raise_signal(signal.SIGTERM)  # outside it a flag is enough
+        assert signals.asked == "SIGTERM"
+
+
+SWALLOWS = """
+import sys, time
+from accel_clip import signals
+from accel_clip.cli import guarded
+
+signals.SECONDS_TO_HEAR = 1.0
+
+
+def command():
+    sys.stdout.write("starting\\n")
+    sys.stdout.flush()
+    for _ in range({num_deaf}):
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass  # as libraries do that try again
+    time.sleep(60)
+
+
+sys.exit(guarded(command))
+"""
+
+
+@pytest.mark.parametrize("num_deaf", [1, 2])
+def test_a_start_that_swallows_an_interruption_ends_all_the_same(num_deaf: int) -> None:
+    process = start(SWALLOWS.format(num_deaf=num_deaf))
+    wait_for_line(process, "starting")
+    process.terminate()
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode == 130
+    assert said == ("interrupted\n" if num_deaf == 1 else "")  # who hears nothing says nothing
+
+
+KEEPS_A_THREAD = """
+import signal, sys, threading, time
+from accel_clip.cli import guarded
+
+
+def command():
+    threading.Thread(target=time.sleep, args=(60,)).start()  # as a download in a pool of threads
+    signal.raise_signal(signal.SIGTERM)
+
+
+sys.exit(guarded(command))
+"""
+
+
+def test_an_interrupted_start_waits_for_no_thread_of_a_library() -> None:
+    process = start(KEEPS_A_THREAD)
+    assert process.communicate(timeout=10)[1] == "interrupted\n"
+    assert process.returncode == 130
+
+
 def test_another_thread_runs_without_handlers() -> None:
     seen: list[object] = []
 
@@ -216,7 +296,7 @@ LOADS_DATA = """
 import os, sys, time
 import torch
 from torch.utils.data import DataLoader
-from accel_clip.data.loader import ignore_interrupt
+from accel_clip.data.workers import ignore_interrupt
 from accel_clip.signals import StopSignals
 
 

@@ -17,7 +17,7 @@ from commands import ROOT, run
 
 from accel_clip.faults import PeerEnded, recognise
 from accel_clip.processes import stay_on_this_machine
-from accel_clip.watchdog import LONG_SECONDS, Watchdog
+from accel_clip.watchdog import LONG_SECONDS, Watchdog, long_patience
 
 TWO_PROCESSES = """
 import os, signal, sys, time
@@ -167,6 +167,80 @@ def test_patience_is_long_before_the_first_step_and_where_it_is_asked_for(monkey
         assert not ends
         time.sleep(0.6)
         assert len(ends) == 1 and 0.2 < ends[0] < 0.4
+
+
+def test_a_process_alone_is_given_the_time_in_which_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = ended(monkeypatch)
+    with Watchdog(0.4, computed=time.process_time) as watchdog:
+        watchdog.beat_step(1)
+        watchdog.beat_step(2)
+        end = time.process_time() + 1.0
+        while time.process_time() < end:
+            pass
+        assert not ends
+        time.sleep(1.0)  # it waits for something that never comes
+        assert len(ends) == 1
+
+
+@pytest.mark.parametrize(("timeout", "limit"), [(45.0, 1800), (7200.0, 7200)])
+def test_the_message_names_what_sets_the_limit_where_it_stands(
+    timeout: float, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("accel_clip.watchdog.leave", lambda exit_code: None)
+    monkeypatch.setattr("accel_clip.watchdog.GRACE_SECONDS", 0.0)
+    watchdog = Watchdog(timeout)
+    watchdog.patient("encoding")
+    watchdog.end(limit + 1)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert "last done: encoding; the stacks below show where it stands; if it was only slow, set train.timeout " in said
+    assert f"above {limit} seconds, or to null for never" in said
+
+
+def test_processes_wait_for_each_other_as_long_as_the_watchdog_lets_them() -> None:
+    assert long_patience(45) == LONG_SECONDS and long_patience(7200) == 7200
+    assert long_patience(None) > 300 * 86400
+
+
+HANGING_WORKER = """
+import sys, time
+import torch
+from accel_clip.cli import guarded
+from accel_clip.data.workers import Workers
+from accel_clip.watchdog import Watchdog
+
+
+class Hanging(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        if item == 2:
+            sys.stdout.write("hanging\\n")
+            sys.stdout.flush()
+            time.sleep(600)
+        return torch.ones(1)
+
+
+def command():
+    with Watchdog(1.0, computed=time.process_time) as watchdog:
+        for number, batch in enumerate(Workers(1).load(Hanging(), torch.cat, [[item] for item in range(4)])):
+            watchdog.beat_step(number)
+            watchdog.recent.clear()
+
+
+sys.exit(guarded(command))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_found_and_ended_in_one_process_too() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING_WORKER],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, said = process.communicate(timeout=60)  # to the end: the worker, too, has closed it
+    assert (process.returncode, out) == (1, "hanging\n")
+    assert "no progress for 1 s, last done: step 1" in said and "in received" in said
 
 
 def test_no_timeout_means_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
