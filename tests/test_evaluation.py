@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from math import ceil
 from pathlib import Path
 
 import numpy
@@ -38,6 +39,8 @@ from accel_clip.losses import clip, siglip  # noqa: F401 - registers the losses
 from accel_clip.losses.base import Loss, build_loss
 from accel_clip.models.build import ClipModel
 from accel_clip.processes import forget_previous_accelerator
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import Lookout
 
 NAME = "evaluation-tiny"
 TINY = {
@@ -487,6 +490,26 @@ def test_the_grid_frames_own_pictures_in_green() -> None:
     corners = [[tuple(grid[row * height, 288 + column * width].tolist()) for column in range(3)] for row in range(2)]
     assert corners == [[GREY, GREEN, GREY], [GREEN, GREY, (255, 255, 255)]]
     assert (grid[height : 2 * height, :288] < 128).any()  # something is drawn for the second caption
+
+
+def test_every_round_of_an_evaluation_is_told_and_may_be_the_last(
+    accelerator: Accelerator, model: ClipModel, loss: Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel_clip.evaluation.retrieval.QUERIES_PER_CHUNK", 5)
+    beats: list[str] = []
+    evaluator = Evaluator(accelerator, model, EvalConfig(batch_size=4), noise_source(9), None, loss, MAX_PIXELS, 0)
+    evaluator.run(Lookout(beat=beats.append))
+    pairs = evaluator.held_out
+    assert pairs is not None
+    num_pictures, num_captions, num_rows = len(pairs.indices), len(pairs.captions), len(pairs.image_of_row)
+    rounds = ceil(num_pictures / 4) + ceil(num_captions / 4) + num_rows // 4 + ceil(num_pictures / 5)
+    rounds += ceil(num_captions / 5)  # queries in both directions
+    assert beats == ["evaluation"] * rounds
+    for last in range(rounds):
+        beats.clear()
+        with pytest.raises(StopAsked):
+            evaluator.run(Lookout(lambda last=last: len(beats) == last, beats.append))
+        assert len(beats) == last
 
 
 def test_the_evaluator_draws_its_last_examples(accelerator: Accelerator, model: ClipModel, loss: Loss) -> None:

@@ -35,6 +35,8 @@ from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import Lookout
 
 NUM_PICTURES, NUM_PAIRS, BROKEN = 18, 21, 5
 DATA = DataConfig(caption_key=["caption", "title"], val_fraction=0, augmentation="none", workers=0)
@@ -81,6 +83,21 @@ def batches_of(
     pixels = evaluation_pixels(tower.model.preprocess_config)
     data = TrainingPairs(pairs, order, Preparation(tower.model.tokenizer, 32, 1e6, 1, pixels, features))
     return list(iterate(data, BatchPlaces(order, range(12), 0, 1), DATA, num_workers, pin_memory=False))
+
+
+@pytest.mark.parametrize(("side", "rounds"), [("image", 5), ("text", 10)])
+def test_every_round_of_encoding_is_told_and_may_be_the_last(
+    table: Path, pairs: Source, side: str, rounds: int
+) -> None:
+    """A tower may take hours for all: nobody may take that for a hang."""
+    tower, folder, beats = tower_of(table, side), table.parent / "features" / side, list[str]()
+    with pytest.raises(StopAsked):
+        open_features(tower, pairs, 1e6, folder, 0, Lookout(lambda: beats.count("encoding") == 2, beats.append))
+    assert beats.count("encoding") == 2 and not folder.exists()
+    beats.clear()
+    open_features(tower, pairs, 1e6, folder, 0, Lookout(beat=beats.append))
+    assert beats.count("encoding") == rounds  # of four rows
+    assert beats.count("reading captions") == (len(pairs) if side == "text" else 0)
 
 
 def not_called(*_: Any) -> Any:

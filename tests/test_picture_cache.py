@@ -6,7 +6,7 @@ import errno
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from accel_clip.files.marked import settle
 from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.registry import Entry
+from accel_clip.signals import StopAsked
+from accel_clip.waiting import Lookout
 
 NUM_REPEATED = 3
 PROGRAM_ARGUMENTS = ("train.py", "")
@@ -258,6 +260,35 @@ def test_pictures_that_would_not_fit_are_left_alone_and_it_is_said(
     assert cache_of(model, config_for(table, room=enough), table.parent / "other") is not None
 
 
+def no_estimate(pictures: Source, items: numpy.ndarray) -> Generator[None, None, int]:
+    """Stand for an estimate that is far too small."""
+    yield
+    return 0
+
+
+def estimate(pictures: picture_building.DifferentPictures) -> int:
+    """Return what a whole estimate comes to."""
+    estimating = picture_building.expected_bytes(pictures, numpy.arange(len(pictures)))
+    while True:
+        try:
+            next(estimating)
+        except StopIteration as whole:
+            return int(whole.value)
+
+
+@pytest.mark.parametrize("stop_after", [1, 17, 19])  # of 17 pictures that are decoded for the estimate, then in pieces
+def test_a_stop_is_heard_between_pictures_and_leaves_nothing(
+    table: Path, model: ClipModel, stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_building, "PICTURES_AT_ONCE", 4)
+    config, beats = config_for(table), list[str]()
+    lookout = Lookout(lambda: len(beats) >= stop_after, beats.append)
+    with pytest.raises(StopAsked):
+        open_pictures(Accelerator(cpu=True), pairs_of(config), model, config, table.parent / "pictures", 0, lookout)
+    assert beats == ["decoding pictures"] * stop_after
+    assert not list(table.parent.glob("*pictures*"))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_room_is_a_limit_however_small_the_estimate_was(
     table: Path,
@@ -266,7 +297,7 @@ def test_the_room_is_a_limit_however_small_the_estimate_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(picture_building, "expected_bytes", lambda pictures, items: 0)
+    monkeypatch.setattr(picture_building, "expected_bytes", no_estimate)
     monkeypatch.setattr(picture_building, "PICTURES_AT_ONCE", 4)
     written = []
     write = CacheWriter.write
@@ -281,10 +312,9 @@ def test_the_estimate_is_near_what_is_taken(table: Path, model: ClipModel, monke
     config = config_for(table)
     pictures = picture_building.DifferentPictures(pairs_of(config), preparation_for(model, config).decoded)
     cache = cache_of(model, config, table.parent)
-    items = numpy.arange(len(pictures))
-    assert cache is not None and picture_building.expected_bytes(pictures, items) == cache.num_bytes
+    assert cache is not None and estimate(pictures) == cache.num_bytes
     monkeypatch.setattr(picture_building, "NUM_TO_ESTIMATE", 12)
-    assert 0.5 < picture_building.expected_bytes(pictures, items) / cache.num_bytes < 2
+    assert 0.5 < estimate(pictures) / cache.num_bytes < 2
 
 
 def test_a_full_disk_ends_the_run_with_what_is_needed_and_available(
@@ -366,7 +396,7 @@ def counting_decoder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return decode_small(image, *rest)
 
     monkeypatch.setattr(examples, "decode_small", counted)
-    monkeypatch.setattr(picture_building, "expected_bytes", lambda pictures, items: 0)
+    monkeypatch.setattr(picture_building, "expected_bytes", no_estimate)
     return decoded
 
 
