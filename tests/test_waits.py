@@ -67,7 +67,8 @@ KNOWN = {
     ("network.py", "create_connection"): SHORT,
     ("plan.py", "gather"): MEETS,
     ("preflight/speed.py", "synchronize"): SHORT,
-    ("saving.py", "gather"): MEETS,
+    ("processes.py", "gather"): MEETS,
+    ("processes.py", "gather_object"): MEETS,
     ("saving.py", "wait_for_everyone"): MEETS,
     (
         "tracking.py",
