@@ -26,7 +26,10 @@ from accel_clip.console import say
 from accel_clip.export import Described, as_exported, tokenizer_described, write_description
 from accel_clip.faults import AccelClipError, ConfigError, one_line
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.description import Description, check_description
+from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
 from accel_clip.models.freezing import blank_pictures
+from accel_clip.models.size import require_room
 from accel_clip.models.skeleton import bare_model, skeleton
 from accel_clip.models.tower_files import IN_FOLDER, placed
 from accel_clip.models.towers import evaluation_mode
@@ -37,6 +40,7 @@ from accel_clip.saved_state import ModelState
 
 CAPTIONS = ("a photo of two birds", "Ein Frosch, 一只青蛙!")  # to cut into tokens; the first goes through the towers
 LARGEST_DIFFERENCE = 1e-5
+CHECKPOINT = "the model in the run's checkpoint"
 
 
 def build_for_run(config: Config, needs_logit_bias: bool) -> tuple[ClipModel, AccelClipError | None]:
@@ -62,9 +66,17 @@ def rebuilt(described: ModelState, config: ModelConfig) -> ClipModel:
     parts = as_exported(described, {}, tokenizer_described(described, config), {})
     with tempfile.TemporaryDirectory() as folder:
         write_description(Path(folder), parts, folder, IN_FOLDER)
-        clip = bare_model(placed(parts.model_config, parts.towers, folder, IN_FOLDER))
+        clip = bare_model(examined(placed(parts.model_config, parts.towers, folder, IN_FOLDER)))
     set_model_preprocess_cfg(clip, dict(parts.preprocess_config))
     return ClipModel(clip, parts.tokenizer, dict(parts.model_config), dict(parts.preprocess_config), dict(parts.towers))
+
+
+def examined(model_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a model in a checkpoint; raises `ConfigError` for one that must not be built."""
+    check_description(model_config, Description, CHECKPOINT)
+    refuse_foreign_code(CHECKPOINT, model_config)
+    require_room(model_config, CHECKPOINT)
+    return model_config
 
 
 def prove_export(model: ClipModel, config: ModelConfig) -> None:
@@ -73,7 +85,7 @@ def prove_export(model: ClipModel, config: ModelConfig) -> None:
     Leaves no trace in weights, modes or randomness.
     """
     try:
-        with description_elsewhere(model) as folder:
+        with without_foreign_code(), description_elsewhere(model) as folder:
             tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(CAPTIONS))
             again = skeleton(placed(model.model_config, model.towers, folder, IN_FOLDER))
             require_equal_names(model.clip.state_dict(), again.state_dict())

@@ -20,6 +20,7 @@ from accel_clip.config import Config, ModelConfig
 from accel_clip.export import exported_model, write_export
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.tower_files import placed
 from accel_clip.rebuilding import build_for_run, prove_export
 
 LOADED = """
@@ -149,6 +150,16 @@ def test_the_proof_leaves_no_trace(kind: str, tmp_path: Path, monkeypatch: pytes
     assert model.clip.training and Path.cwd() == tmp_path
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.clip.state_dict().items())
     assert [parameter.requires_grad for parameter in model.clip.parameters()] == trained
+
+
+def test_towers_are_found_where_the_export_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build_model(KINDS["both"](tmp_path))
+    on_hub = placed(model.model_config, model.towers, "me/mine", "hf-hub:")
+    assert on_hub["vision_cfg"]["timm_model_name"] == "hf-hub:me/mine"
+    assert on_hub["text_cfg"]["hf_model_name"] == on_hub["text_cfg"]["hf_tokenizer_name"] == "me/mine"
+    plain = build_model(ModelConfig("tiny"))
+    assert placed(plain.model_config, plain.towers, "me/mine", "hf-hub:") == plain.model_config
 
 
 def changed(model: ClipModel, section: str, **values: object) -> ClipModel:
