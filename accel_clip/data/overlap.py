@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.combine import HasIdentity, HasKeys, origin, sources_in
+from accel_clip.data.sources.combine import HasIdentity, HasKeys, bases, origin
 from accel_clip.files.whole import hash_of
 
 MOST_FILES = 1 << 16  # their sizes take a second
@@ -25,7 +25,7 @@ def num_shown_in_training(training: Source, held_out: Source) -> int:
     wanted = [identity_of(held_out, index) for index in range(len(held_out))]
     names = {last_part(held_out.key(index)) for index in range(len(held_out))}
     known: set[str | None] = set()
-    for source in sources_in(training):
+    for source in bases(training):
         keys = source.keys() if isinstance(source, HasKeys) else map(source.key, range(len(source)))
         known |= {identity_of(source, index) for index, key in enumerate(keys) if last_part(key) in names}
     known |= copies({each for each in wanted if each is not None} - known, training)

@@ -96,13 +96,6 @@ def bases(source: Source) -> list[Source]:
     return [source]
 
 
-def sources_in(source: Source) -> list[Source]:
-    """Return the sources that were put together, and the parts of sources."""
-    if isinstance(source, Concatenated):
-        return [inner for part in source.sources for inner in sources_in(part)]
-    return [source]
-
-
 def part_names(source: Source) -> list[str]:
     """Return the names of the sources that were put together, made different where two are the same."""
     return told_apart(part.name for part in (source.sources if isinstance(source, Concatenated) else [source]))
