@@ -115,6 +115,14 @@ def test_a_pair_of_its_own_is_no_part_of_another(tmp_path):
     assert found == [(f"picture of {stem}".encode(), (f"text of {stem}",)) for stem in stems]
 
 
+def test_a_few_that_lack_their_text_do_not_make_others_parts(tmp_path):
+    stems = [f"v{number}{end}" for number in range(4) for end in ("", ".back")]
+    members = pairs_named(stems)
+    del members["v2.back.txt"]
+    found = of_both(write_tar(tmp_path / "x.tar", members))
+    assert len(found) == 8 and found.count("no_caption") == 1
+
+
 def test_what_lacks_its_other_half_is_counted_and_never_given_that_of_another(tmp_path):
     members = pairs_named(DOTTED)
     del members["site.com_0003.txt"], members["2020.01.05.jpg"], members["img.0001.txt"], members["img.0002.jpg"]
