@@ -30,7 +30,8 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Return the `Accelerator` of this process; several processes without a GPU for each are told to meet on the CPU.
 
-    Raises `ConfigError` when the launcher's processes did not find each other, or for a precision this machine lacks.
+    It sets threads and TF32 for the whole process: call it inside `process_as_found`. Raises `ConfigError` when the
+    launcher's processes did not find each other, or for a precision this machine lacks.
     """
     check_environment(os.environ, config)
     check_device(os.environ)
@@ -57,6 +58,22 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     require_as_asked(accelerator, precision, config.accumulate)
     return accelerator
+
+
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Give threads and TF32 back as they were before the block: a notebook goes on with its own.
+
+    What Accelerate keeps stays until the next `build_accelerator`: results of the block may still ask for it.
+    """
+    threads = torch.get_num_threads()
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precisions = matmul.fp32_precision, conv.fp32_precision
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        matmul.fp32_precision, conv.fp32_precision = precisions
 
 
 def stay_on_this_machine(environment: MutableMapping[str, str]) -> None:

@@ -60,7 +60,14 @@ from accel_clip.models.training_model import clamp_logit_scale, share_running_st
 from accel_clip.optim.optimizers import set_learning_rate
 from accel_clip.optim.schedules import build_schedule
 from accel_clip.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
-from accel_clip.processes import build_accelerator, choose_workers, describe_processes, known_to_all, own_command
+from accel_clip.processes import (
+    build_accelerator,
+    choose_workers,
+    describe_processes,
+    known_to_all,
+    own_command,
+    process_as_found,
+)
 from accel_clip.randomness import derive_seed
 from accel_clip.rebuilding import build_for_run
 from accel_clip.resume import is_finished, say_changes
@@ -94,6 +101,7 @@ class RolledBack(Exception):
 
 
 @lasting_output()
+@process_as_found()
 def train(config: Config) -> TrainResult:
     """Train a model as the settings say, or go on with the run in `output_dir`; all of `accelerate launch train.py`.
 

@@ -29,7 +29,6 @@ class Writer:
         self.blocking_seconds = 0.0
         self.background_seconds = 0.0
         self.finished_step: int | None = None
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future[int] | None = None
 
     def submit(self, snapshot: Snapshot) -> None:
@@ -37,7 +36,9 @@ class Writer:
         self.wait()
         self.blocking_seconds += snapshot.seconds
         if has_memory_for(snapshot):
-            self.pending = self.thread.submit(self.write_in_background, snapshot)
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            self.pending = thread.submit(self.write_in_background, snapshot)
+            thread.shutdown(wait=False)  # it ends with its write, and no run leaves one
         else:
             with self.blocking():
                 write(snapshot, self.folder, self.keep)

@@ -10,9 +10,10 @@ from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.losses.base import build_loss
 from accel_clip.models.build import build_model
-from accel_clip.processes import build_accelerator, choose_workers
+from accel_clip.processes import build_accelerator, choose_workers, process_as_found
 
 
+@process_as_found()
 def evaluate(config: Config) -> dict[str, float]:
     """Return the metrics of the model that the settings name on `data.val` and `eval.zero_shot`."""
     check_sources(config)
@@ -23,6 +24,7 @@ def evaluate(config: Config) -> dict[str, float]:
     return metrics
 
 
+@process_as_found()
 def evaluate_run(config: Config) -> Evaluator:
     """Return an evaluator that has measured a model on what a run with these settings held out."""
     check_sources(config)

@@ -60,15 +60,17 @@ def report_on(arguments: list[str], description: str, asked: Asked, index_folder
     if problems.concern("plugins"):
         return Report(problems=listed(problems), exit_code=problems.exit_code)
     from accel_clip.preflight.parts import build_parts  # imports torch
+    from accel_clip.processes import process_as_found
 
-    parts = build_parts(config, asked.num_processes, problems, index_folder)
-    if parts is None:
-        return Report(problems=listed(problems), exit_code=problems.exit_code)
-    if asked.sheet is not None and not problems:
-        from accel_clip.preflight.sheet import write_sheet
+    with process_as_found():
+        parts = build_parts(config, asked.num_processes, problems, index_folder)
+        if parts is None:
+            return Report(problems=listed(problems), exit_code=problems.exit_code)
+        if asked.sheet is not None and not problems:
+            from accel_clip.preflight.sheet import write_sheet
 
-        problems.attempt(partial(write_sheet, parts, asked.sheet))
-    return measured(parts, asked.num_samples, asked.seconds, problems)
+            problems.attempt(partial(write_sheet, parts, asked.sheet))
+        return measured(parts, asked.num_samples, asked.seconds, problems)
 
 
 def check_everything_named(config: Config, problems: Problems) -> None:
