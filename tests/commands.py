@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import HANG_SECONDS
+
 ROOT = Path(__file__).parent.parent
 SMALL_MODEL = """{"embed_dim": 32,
  "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -24,7 +26,7 @@ class Finished:
     err: str
 
 
-def run(*words: str, folder: Path, timeout: float = 240, **environment: str) -> Finished:
+def run(*words: str, folder: Path, **environment: str) -> Finished:
     """Run a command in a folder; WORLD_SIZE and the like are taken out of its environment."""
     kept = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(
@@ -33,7 +35,7 @@ def run(*words: str, folder: Path, timeout: float = 240, **environment: str) -> 
         env={**kept, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG_SECONDS,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -57,6 +59,13 @@ def launch(*words: str, folder: Path, launcher: tuple[str, ...], **environment: 
 
 
 CPU_2 = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2.yaml"))
+
+
+def without_torch(folder: Path) -> dict[str, str]:
+    """Return the environment of a command that ends, and says why, as soon as it imports torch."""
+    (folder / "blocked" / "torch").mkdir(parents=True)
+    (folder / "blocked" / "torch" / "__init__.py").write_text("raise SystemExit('torch is imported')\n")
+    return {"PYTHONPATH": str(folder / "blocked")}
 
 
 def small_model(folder: Path) -> str:

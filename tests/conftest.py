@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from process_state import accelerate_states, left_behind, process_state
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands set it for their process
 datasets_cache = tempfile.TemporaryDirectory(prefix="accel-clip-tests-")
 os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
 
@@ -25,9 +27,19 @@ def stamps() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_precision_left() -> Iterator[None]:
-    """Forget the precision of a test's run, which the next `Accelerator()` of the process would take over."""
+def nothing_is_left() -> Iterator[None]:
+    """Fail a test that leaves a setting of the process to the next one."""
+    before = process_state()
     yield
-    state = sys.modules.get("accelerate.state")
-    if state is not None and state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
-        state.AcceleratorState._reset_state(reset_partial_state=True)
+    left = left_behind(before)
+    assert not left, "\n".join(["left behind:", *left])
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator(nothing_is_left: None) -> Iterator[None]:
+    """End a test's `Accelerator` with it: Accelerate keeps device and precision for the next one of the process."""
+    before = {name: dict(shared) for name, shared in accelerate_states().items()}
+    yield
+    for name, shared in accelerate_states().items():
+        shared.clear()
+        shared.update(before.get(name, {}))

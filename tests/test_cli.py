@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, accel_clip, small_model, train_py
+from commands import ROOT, accel_clip, small_model, train_py, without_torch
+from patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import cli
@@ -35,16 +36,14 @@ def small_run(folder: Path) -> list[str]:
         (["--output_dir", "file/run"], 2, ["output_dir", "file"]),
     ],
 )
-def test_mistakes_that_need_no_torch_are_told_in_one_line_within_seconds(
+def test_mistakes_that_need_no_torch_are_told_in_one_line_without_it(
     tmp_path: Path, words: list[str], code: int, parts: list[str]
 ) -> None:
     (tmp_path / "file").touch()
-    start = time.perf_counter()
-    done = train_py("--output_dir", "run", *words, folder=tmp_path)
-    assert time.perf_counter() - start < 5
+    done = train_py("--output_dir", "run", *words, folder=tmp_path, **without_torch(tmp_path))
     assert done.code == code, done.err
     assert len(done.err.strip().splitlines()) == 1 and all(part in done.err for part in parts), done.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "file"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +164,10 @@ def test_help_and_wrong_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["starting", "training"])
 def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, moment: str) -> None:
     words = [sys.executable, str(ROOT / "train.py"), *small_run(tmp_path), "--train.steps", "100000"]
+    started = tmp_path / "started"
+    if moment == "starting":
+        (tmp_path / "sleeps.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(600)\n")
+        words += ["--plugins", "sleeps.py"]
     process = subprocess.Popen(
         words,
         cwd=tmp_path,
@@ -175,14 +178,11 @@ def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, moment: str) ->
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a handler alone
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    time.sleep(2.0)
-    deadline = time.monotonic() + 120
-    while moment == "training" and time.monotonic() < deadline:
-        if metrics.is_file() and '"loss"' in metrics.read_text():
-            break
-        time.sleep(0.2)
+    while not (started.is_file() or (metrics.is_file() and '"loss"' in metrics.read_text())):
+        assert process.poll() is None
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=HANG_SECONDS)[1]
     code, last_words = (130, "interrupted") if moment == "starting" else (75, "and saved: the same command goes on")
     assert process.returncode == code
     assert "Traceback" not in said and last_words in said.strip().splitlines()[-1], said

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CPU_2, launch, small_model, train_py
+from comparison import ADDITIONS_OF_A_STEP, EPSILON, rounding
 from safetensors.torch import load_file, save_file
 
 from accel_clip.config import ModelConfig
@@ -33,6 +34,8 @@ def mine(image_features, text_features, logit_scale, output_dict=True):
     pull = ((image_features - text_features) ** 2).sum(1).mean()
     return {"margin_loss": torch.relu(hardest - own + 1).mean(), "pull_loss": pull}
 '''
+NUM_STEPS = 5
+TO_ROUNDING = rounding(NUM_STEPS * ADDITIONS_OF_A_STEP)
 FIVE_STEPS = ("--train.steps", "5", "--train.batch_size", "16", "--optim.name", "sgd", "--optim.lr", "0.05")
 QUIET = (
     "--track.to",
@@ -109,14 +112,15 @@ def test_two_processes_train_the_model_that_one_trains(
     named = small_coca(tmp_path) if loss == "coca" else small_model(tmp_path)
     before = build_model(ModelConfig(named), needs_logit_bias=loss == "siglip").clip.state_dict()
     assert "logit_scale" in weights[0]
+    moved = {}
     for name, expected in weights[0].items():
-        difference = (weights[1][name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)  # zero biases
-        assert difference <= 1e-5, f"{name}: {difference}"
-    moved = {name: (expected - before[name]).abs().max().item() for name, expected in weights[0].items()}
+        moved[name] = (expected - before[name]).abs().max().item()
+        allowed = TO_ROUNDING * moved[name] + NUM_STEPS * EPSILON * expected.abs().max()  # of gradients, and in storing
+        assert (weights[1][name] - expected).abs().max() <= allowed, name
     names = ("logit_scale", "visual.proj", "text.text_projection" if loss == "coca" else "text_projection")
     trained = [name for name in names if moved[name] > 1e-4]
     assert len(trained) == (2 if "text" in both else 3), moved
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=TO_ROUNDING)
 
 
 COUNTING = """
@@ -178,7 +182,7 @@ def test_compiled_blocks_train_the_same_model(tmp_path: Path) -> None:
         *words_for(tmp_path, "clip", "compiled"), *RECOMPUTED, "--train.compile", "true", folder=tmp_path
     )
     assert (plain.code, compiled.code) == (0, 0), compiled.err
-    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=TO_ROUNDING)
     weights = [load_file(tmp_path / name / "export" / "open_clip_model.safetensors") for name in ("plain", "compiled")]
     assert weights[0].keys() == weights[1].keys()
 
@@ -218,7 +222,7 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monke
 
     from accel_clip.config import TrainConfig
     from accel_clip.faults import ConfigError
-    from accel_clip.processes import build_accelerator
+    from accel_clip.processes import build_accelerator, process_as_found
 
     class Alone(accelerate.Accelerator):
         num_processes = 1
@@ -227,7 +231,7 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monke
     place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {"WORLD_SIZE": "2", **place}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="started 2 processes and this one sees 1"):
+    with process_as_found(), pytest.raises(ConfigError, match="started 2 processes and this one sees 1"):
         build_accelerator(TrainConfig())
 
 

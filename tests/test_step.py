@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import small_model
-from comparison import assert_equal_gradients
+from comparison import assert_equal_to_rounding, in_float64
 from torch import Tensor
 
 from accel_clip.chunks import Plan as SidedPlan
@@ -62,7 +63,7 @@ def gradients(model: ClipModel, loss: Loss, batch: Batch, plan: Plan, seed: int 
     """Return the raw gradients that one step leaves, by parameter name."""
     accelerator = Accelerator(cpu=True)
     anatomy = examine(model.clip, model.tokenizer)
-    wrapped = TrainingModel(model, anatomy.separate).train()
+    wrapped = TrainingModel(model, anatomy.separate).to(model.clip.logit_scale.dtype).train()
     model.clip.zero_grad()
     torch.manual_seed(seed)
     ContrastiveStep(accelerator, wrapped, loss, anatomy, plan)(batch)
@@ -73,7 +74,8 @@ def plain_gradients(model: ClipModel, loss: Loss, batch: Batch) -> dict[str, Ten
     """Return what plain autograd over the whole batch and open_clip's own forward give."""
     mean, std = (torch.tensor(model.preprocess_config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     model.clip.zero_grad()
-    outputs = model.clip(image=(batch.image / 255 - mean) / std, text=batch.tokens)
+    pixels = batch.image.to(model.clip.logit_scale.dtype) / 255
+    outputs = model.clip(image=(pixels - mean) / std, text=batch.tokens)
     total(loss({key: value for key, value in outputs.items() if value is not None})).backward()
     return {name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None}
 
@@ -84,9 +86,9 @@ def plain_gradients(model: ClipModel, loss: Loss, batch: Batch) -> dict[str, Ten
 def test_any_cut_gives_the_gradient_of_the_whole_batch(tmp_path: Path, name: str, rows: int, num_kept: int) -> None:
     model = make_model(tmp_path, bias=name == "siglip")
     loss, batch = build_loss(LossConfig(name)), make_batch(model)
-    expected = plain_gradients(model, loss, batch)
-    assert "logit_scale" in expected and (name == "clip" or "logit_bias" in expected)
-    assert_equal_gradients(gradients(model, loss, batch, Plan(rows, num_kept)), expected, 1e-5)
+    single, exact = plain_gradients(model, loss, batch), plain_gradients(in_float64(model), loss, batch)
+    assert "logit_scale" in exact and (name == "clip" or "logit_bias" in exact)
+    assert_equal_to_rounding(gradients(model, loss, batch, Plan(rows, num_kept)), single, exact)
 
 
 def test_a_loss_of_the_user_with_its_own_parameter(tmp_path: Path) -> None:
@@ -99,12 +101,16 @@ def test_a_loss_of_the_user_with_its_own_parameter(tmp_path: Path) -> None:
             logits = self.weight * logit_scale * image_features @ text_features.T
             return {"pull_loss": -logits.diagonal().mean(), "spread_loss": logits.logsumexp(1).mean()}
 
-    model, loss = make_model(tmp_path), Loss("weighted", Weighted())
+    model = make_model(tmp_path)
     batch = make_batch(model)
-    expected = plain_gradients(model, loss, batch)
-    own, loss.function.weight.grad = loss.function.weight.grad, None
-    assert_equal_gradients(gradients(model, loss, batch, Plan(4, 2)), expected, 1e-5)
-    torch.testing.assert_close(loss.function.weight.grad, own)
+
+    def with_own(compute: Callable[..., dict[str, Tensor]], model: ClipModel, *plan: SidedPlan) -> dict[str, Tensor]:
+        loss = Loss("weighted", Weighted().to(model.clip.logit_scale.dtype))
+        made = compute(model, loss, batch, *plan)
+        return {**made, "loss": loss.function.weight.grad}
+
+    single, exact = with_own(plain_gradients, model), with_own(plain_gradients, in_float64(model))
+    assert_equal_to_rounding(with_own(gradients, model, Plan(4, 2)), single, exact)
 
 
 @pytest.mark.parametrize("rows", [3, 5])
@@ -112,8 +118,9 @@ def test_dropped_patches_are_the_same_in_both_passes(tmp_path: Path, rows: int) 
     model = make_model(tmp_path, patch_dropout=0.5)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
     kept, some, none = (gradients(model, loss, batch, Plan(rows, num)) for num in (98, 4, 0))
-    assert_equal_gradients(some, kept, 1e-6)
-    assert_equal_gradients(none, kept, 1e-6)
+    exact = gradients(in_float64(model), loss, batch, Plan(rows, 98))
+    assert_equal_to_rounding(some, kept, exact)
+    assert_equal_to_rounding(none, kept, exact)
     other = gradients(model, loss, batch, Plan(rows, 99), seed=6)
     assert not torch.allclose(other["visual.proj"], kept["visual.proj"], rtol=1e-3), "no patch was dropped"
 
@@ -146,7 +153,7 @@ def test_frozen_towers_run_once_and_get_nothing(tmp_path: Path, patterns: list[s
     calls = {"image": 0, "text": 0}
     model.clip.visual.register_forward_pre_hook(lambda *_: calls.update(image=calls["image"] + 1))
     model.clip.transformer.register_forward_pre_hook(lambda *_: calls.update(text=calls["text"] + 1))
-    expected = plain_gradients(model, loss, batch)
+    single, exact = plain_gradients(model, loss, batch), plain_gradients(in_float64(model), loss, batch)
     examine(model.clip, model.tokenizer)
     calls.update(image=0, text=0)
     anatomy = examine(model.clip, model.tokenizer)
@@ -156,7 +163,7 @@ def test_frozen_towers_run_once_and_get_nothing(tmp_path: Path, patterns: list[s
     one_group = replace(Plan(5, 0), cost_of_a_group=10**6)
     ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, one_group)(batch)
     given = {name: each.grad for name, each in model.clip.named_parameters() if each.grad is not None}
-    assert_equal_gradients(given, expected, 1e-5)
+    assert_equal_to_rounding(given, single, exact)
     num_captions = len(torch.unique(batch.tokens, dim=0))
     chunks = {"image": 3, "text": -(-num_captions // 5)}
     for side in ("image", "text"):
@@ -206,8 +213,10 @@ def test_accumulation_and_clipping_see_one_gradient_a_batch(tmp_path: Path) -> N
     model = make_model(tmp_path)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model, 12)
     other = make_batch(model, 10)
-    parts = [gradients(model, loss, each, Plan(5, 1)) for each in (batch, other)]
-    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    single, exact = (
+        mean_of([gradients(version, loss, each, Plan(5, 1)) for each in (batch, other)])
+        for version in (model, in_float64(model))
+    )
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     accelerator.gradient_state.plugin_kwargs.update(num_steps=2)
     anatomy = examine(model.clip, model.tokenizer)
@@ -218,7 +227,11 @@ def test_accumulation_and_clipping_see_one_gradient_a_batch(tmp_path: Path) -> N
             step(each)
     given = {name: each.grad for name, each in model.clip.named_parameters()}
     accelerator.gradient_state.plugin_kwargs.update(num_steps=1)
-    assert_equal_gradients(given, mean, 1e-5)
+    assert_equal_to_rounding(given, single, exact)
+
+
+def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
 def workplace(model: ClipModel) -> tuple[Workplace, Anatomy]:
@@ -284,11 +297,11 @@ def test_a_plan_counts_what_is_trained(tmp_path: Path, patterns: list[str]) -> N
 def test_recomputed_activations_change_memory_alone(tmp_path: Path, num_kept: int) -> None:
     model = make_model(tmp_path, patch_dropout=0.5, layers=4)
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
-    expected = gradients(model, loss, batch, Plan(4, num_kept))
+    single, exact = (gradients(each, loss, batch, Plan(4, num_kept)) for each in (model, in_float64(model)))
     place, _ = workplace(model)
     before = graph_bytes(place, 8)
     recompute_activations(model.clip)
-    assert_equal_gradients(gradients(model, loss, batch, Plan(4, num_kept)), expected, 1e-6)
+    assert_equal_to_rounding(gradients(model, loss, batch, Plan(4, num_kept)), single, exact)
     assert all(graph_bytes(place, 8)[side] < before[side] / 2 for side in ("image", "text"))
 
 
@@ -297,7 +310,7 @@ def test_features_that_are_known_take_the_place_of_a_frozen_tower(tmp_path: Path
     model = make_model(tmp_path)
     freeze(model.clip, [side])
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
-    expected = gradients(model, loss, batch, Plan(4, 0))
+    single, exact = (gradients(each, loss, batch, Plan(4, 0)) for each in (model, in_float64(model)))
     with torch.no_grad():
         outputs = TrainingModel(model).eval()(image=batch.image, text=[batch.tokens])
     name = f"{side}_features"
@@ -311,5 +324,5 @@ def test_features_that_are_known_take_the_place_of_a_frozen_tower(tmp_path: Path
     model.clip.zero_grad()
     ContrastiveStep(Accelerator(cpu=True), TrainingModel(model).train(), loss, anatomy, Plan(4, 0))(known)
     given = {key: each.grad for key, each in model.clip.named_parameters() if each.grad is not None}
-    assert_equal_gradients(given, expected, 1e-5)
+    assert_equal_to_rounding(given, single, exact)
     assert not runs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
 import torch
+from comparison import assert_equal_to_rounding
 from open_clip import CLIP, CoCa, CustomTextCLIP, SimpleTokenizer
 from open_clip.transformer import PatchDropout
 from timm.layers import DropPath
@@ -86,28 +88,25 @@ def gradients(clip: nn.Module, features: Tensor) -> dict[str, Tensor]:
     return {name: each.grad.clone() for name, each in clip.named_parameters() if each.grad is not None}
 
 
-def assert_near(ours: Tensor, reference: Tensor, tolerance: float, what: str = "") -> None:
-    assert ours.shape == reference.shape and ours.dtype == reference.dtype, what
-    assert (ours - reference).abs().max() <= tolerance * max(1, reference.abs().max().item()), what
+def assert_features(ours: Tensor, reference: Tensor, exact: Tensor) -> None:
+    assert_equal_to_rounding({"features": ours}, {"features": reference}, {"features": exact})
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", TRIMMABLE)
-def test_trimmed_captions_have_the_features_and_gradients_of_full_ones(
-    name: str, dtype: torch.dtype, tolerance: float
-) -> None:
-    clip = build(name)
+def test_trimmed_captions_have_the_features_and_gradients_of_full_ones(name: str) -> None:
+    clip, tokens = build(name), TOKENIZER(CAPTIONS)
     assert can_trim(clip, TOKENIZER)
-    clip.to(dtype)
-    tokens = TOKENIZER(CAPTIONS)
-    reference = clip.encode_text(tokens, normalize=True)
-    ours = in_chunks(clip, tokens, max_rows=2)
-    assert_near(ours, reference, tolerance)
-    expected, made = gradients(clip, reference), gradients(clip, ours)
-    assert expected.keys() == made.keys() and any(key.endswith("positional_embedding") for key in made)
-    for key, value in expected.items():
-        assert value.any(), f"{key}: a test of zeros"
-        assert_near(made[key], value, tolerance, key)
+    reference, ours = clip.encode_text(tokens, normalize=True), in_chunks(clip, tokens, max_rows=2)
+    single, made = gradients(clip, reference), gradients(clip, ours)
+    clip.double()
+    exact, ours_exact = clip.encode_text(tokens, normalize=True), in_chunks(clip, tokens, max_rows=2)
+    expected, made_exact = gradients(clip, exact), gradients(clip, ours_exact)
+    assert any(key.endswith("positional_embedding") for key in expected)
+    assert all(value.any() for value in expected.values()), "a test of zeros"
+    assert_features(ours, reference, exact)
+    assert_equal_to_rounding(made, single, expected)
+    torch.testing.assert_close(ours_exact, exact, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made_exact, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["argmax", "custom, own blocks"])
@@ -129,22 +128,21 @@ def test_without_gradient_in_evaluation_mode_and_under_autocast(name: str) -> No
     clip.eval()
     tokens = TOKENIZER(CAPTIONS)
     with torch.no_grad():
-        reference = clip.encode_text(tokens, normalize=True)
-        assert_near(in_chunks(clip, tokens, max_rows=1), reference, 1e-6)
+        exact = deepcopy(clip).double().encode_text(tokens, normalize=True)
+        assert_features(in_chunks(clip, tokens, max_rows=1), clip.encode_text(tokens, normalize=True), exact)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = in_chunks(clip, tokens, max_rows=1)
-            assert_near(rounded, clip.encode_text(tokens, normalize=True), 2e-2)
-        assert_near(rounded.float(), reference, 2e-2)
+            rounded, reference = in_chunks(clip, tokens, max_rows=1), clip.encode_text(tokens, normalize=True)
+        assert_features(rounded, reference, exact)
+        assert (rounded - exact).norm() > 1e-4 * exact.norm(), "bfloat16 was not used"
 
 
 def test_gradients_with_recomputed_activations() -> None:
-    clip = build("argmax")
-    tokens = TOKENIZER(CAPTIONS)
-    expected = gradients(clip, clip.encode_text(tokens, normalize=True))
+    clip, tokens = build("argmax"), TOKENIZER(CAPTIONS)
+    single = gradients(clip, clip.encode_text(tokens, normalize=True))
+    exact = deepcopy(clip).double()
     clip.set_grad_checkpointing()
     made = gradients(clip, in_chunks(clip, tokens, max_rows=2))
-    for key, value in expected.items():
-        assert_near(made[key], value, 1e-6, key)
+    assert_equal_to_rounding(made, single, gradients(exact, exact.encode_text(tokens, normalize=True)))
 
 
 @pytest.mark.parametrize("name", UNTRIMMABLE)
@@ -217,7 +215,8 @@ def test_an_end_token_that_is_not_the_largest() -> None:
         tokens[row, place] = 7
     assert caption_lengths(tokens, end_token(clip)).tolist() == [5, 12, 3, 1, 1]
     assert can_trim(clip, lambda captions: tokens[: len(captions)])
-    assert_near(in_chunks(clip, tokens, max_rows=2), clip.encode_text(tokens, normalize=True), 1e-6)
+    exact = deepcopy(clip).double().encode_text(tokens, normalize=True)
+    assert_features(in_chunks(clip, tokens, max_rows=2), clip.encode_text(tokens, normalize=True), exact)
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 100])
@@ -254,7 +253,8 @@ def test_groups_of_different_length_have_the_features_of_whole_captions() -> Non
     rows = caption_lengths(tokens).argsort(stable=True)
     groups = length_groups(tokens[rows], 1)
     assert len({group.shape[1] for group in groups}) > 2
-    assert_near(encode_text(clip, *groups), clip.encode_text(tokens, normalize=True)[rows], 1e-6)
+    exact = deepcopy(clip).double().encode_text(tokens, normalize=True)
+    assert_features(encode_text(clip, *groups), clip.encode_text(tokens, normalize=True)[rows], exact[rows])
 
 
 def test_equal_captions_are_encoded_once() -> None:
@@ -264,12 +264,12 @@ def test_equal_captions_are_encoded_once() -> None:
     assert torch.equal(unique, tokens[[0, 1, 3]]) and inverse.tolist() == [0, 1, 0, 2, 1, 0]
     assert torch.equal(unique[inverse], tokens)
     assert is_deterministic(clip.transformer.train())
-    reference = clip.encode_text(tokens, normalize=True)
-    ours = in_chunks(clip, unique, max_rows=2)[inverse]
-    assert_near(ours, reference, 1e-6)
-    made = gradients(clip, ours)
-    for key, value in gradients(clip, reference).items():
-        assert_near(made[key], value, 1e-6, key)
+    reference, ours = clip.encode_text(tokens, normalize=True), in_chunks(clip, unique, max_rows=2)[inverse]
+    single, made = gradients(clip, reference), gradients(clip, ours)
+    clip.double()
+    exact = clip.encode_text(tokens, normalize=True)
+    assert_features(ours, reference, exact)
+    assert_equal_to_rounding(made, single, gradients(clip, exact))
 
 
 def test_captions_without_repetition_stay_as_they_are() -> None:
@@ -316,6 +316,6 @@ def test_batch_norm_without_running_statistics_never_is_deterministic() -> None:
 @pytest.mark.parametrize("name", ["argmax", "custom", "CoCa"])
 def test_pictures_go_through_the_models_own_tower(name: str) -> None:
     clip, pixels = build(name), torch.randn(2, 3, 32, 32)
-    made = clip.visual(pixels)
-    reference = made[0] if isinstance(made, tuple) else made
-    assert_near(encode_image(clip, pixels), reference / reference.norm(dim=-1, keepdim=True), 1e-6)
+    reference = clip.encode_image(pixels, normalize=True)
+    exact = deepcopy(clip).double().encode_image(pixels.double(), normalize=True)
+    assert_features(encode_image(clip, pixels), reference, exact)

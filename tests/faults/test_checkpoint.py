@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from patience import HANG_SECONDS
 from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -269,7 +270,7 @@ def exit_code_of(work: Callable[[], object]) -> int | None:
     """Run work in a process of its own and return how it ended."""
     process = fork.Process(target=work)
     process.start()
-    process.join(30)
+    process.join(HANG_SECONDS)
     return process.exitcode
 
 
@@ -616,7 +617,7 @@ def test_a_writer_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytes
     may_go_on = threading.Event()
 
     def slow_write(snapshot: Snapshot, folder: Path, keep: int) -> Path:
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(HANG_SECONDS)
         return write(snapshot, folder, keep)
 
     monkeypatch.setattr(background_module, "write", slow_write)
@@ -649,9 +650,11 @@ def test_at_most_one_write_is_in_flight(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(background_module, "write", watched_write)
     writer = Writer(tmp_path, keep=3)
-    for step in (1, 2, 3):
-        writer.submit(tiny_snapshot(step))
-    assert writer.blocking_seconds > 0.15  # the second and the third waited
+    snapshots = [tiny_snapshot(step) for step in (1, 2, 3)]
+    for number, snapshot in enumerate(snapshots):
+        writer.submit(snapshot)
+        assert writer.finished_step == (number or None)  # the one before was waited for
+    assert writer.blocking_seconds > sum(snapshot.seconds for snapshot in snapshots)
     assert writer.wait() == 3
     assert most == 1
     assert len(names(tmp_path)) == 3
@@ -666,10 +669,7 @@ def test_a_fault_in_the_thread_is_raised_in_the_training(tmp_path: Path) -> None
             look()
     assert writer.finished_step is None
     writer.submit(tiny_snapshot(3))
-    for _ in range(100):
-        time.sleep(0.02)
-        if writer.pending is not None and writer.pending.done():
-            break
+    assert writer.pending is not None and writer.pending.exception(HANG_SECONDS) is not None
     with pytest.raises(StorageError):
         writer.poll()
 

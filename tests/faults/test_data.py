@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import nasty
 import pytest
 from commands import Finished
+from comparison import ADDITIONS_OF_A_STEP, rounding
 from open_clip import SimpleTokenizer
 from test_launches import ALONE, CPU_2, SLOWLY, Folder, losses_of, status_of
 from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
@@ -179,7 +179,7 @@ def test_two_killed_processes_on_shards_end_like_two_that_were_not_and_like_one(
     assert_same_end(killed, two)
     assert ends_of(one)[2] == ends_of(two)[2] and len(ends_of(one)[2].splitlines()) > 8
     losses = losses_of(tmp_path / "two")
-    assert losses == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)
+    assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=rounding(len(losses) * ADDITIONS_OF_A_STEP))
     assert len({round(loss, 3) for loss in losses.values()}) > 6
 
 
@@ -289,10 +289,8 @@ def test_a_shard_that_is_lost_costs_its_samples_alone(
     tmp_path: Path, way: str, launcher: tuple[str, ...], num_workers: int
 ) -> None:
     folder, words = losing(tmp_path, way, num_workers, max_bad_fraction=0.9)
-    begin = time.monotonic()
     done = finish(folder, launcher, "run", words)
     assert done.code == 0, done.err
-    assert time.monotonic() - begin < 100
     assert list(losses_of(tmp_path / "run")) == list(range(1, STEPS_AN_EPOCH * NUM_EPOCHS + 1))
     found = listed(tmp_path / "run")
     lost = range(8 * LOST, 8 * (LOST + 1))

@@ -6,12 +6,10 @@ import ast
 import io
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ import numpy
 import pytest
 import torch
 from commands import ROOT, run, small_model, train_py
+from patience import within
 from PIL import Image
 
 from accel_clip import cli
@@ -56,22 +55,6 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         return cli.train_main(), capsys.readouterr().err
 
     return call
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fail instead of hanging."""
-
-    def too_late(number: int, frame: Any) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def picture(file: Path) -> Path:
@@ -316,6 +299,7 @@ def test_hub_words_that_name_the_reader_of_pickles_are_refused(train: Train) -> 
 def test_plugins_that_run_are_named(tmp_path: Path, train: Train) -> None:
     (tmp_path / "mine.py").write_text("")
     code, said = train("--plugins", "mine.py", "--data.train", "nowhere.csv")
+    sys.modules.pop("accel_clip_plugin_mine", None)
     assert code == 3 and f"plugins: running {tmp_path / 'mine.py'}" in said, said
 
 
@@ -365,10 +349,8 @@ FILES = {
 def test_hostile_settings_files_are_refused_quickly(kind: str, train: Train, tmp_path: Path) -> None:
     content = FILES[kind]
     (tmp_path / "my.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    start = time.perf_counter()
-    with within(20):
+    with within(5):
         code, said = train("--config", "my.yaml")
-    assert time.perf_counter() - start < 5
     assert code == 2 and len(said.strip().splitlines()) == 1 and len(said) < 2000, said[:2000]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml"]
 
@@ -550,9 +532,8 @@ def test_a_small_file_of_a_hundred_million_pixels_is_skipped_at_once(tmp_path: P
         add(archive, "a.txt", b"x")
     (tmp_path / "a.png").write_bytes(bomb)
     write_table(tmp_path / "pairs.csv", ["a.png"])
-    start = time.perf_counter()
-    assert reasons(opened(tmp_path / "x.tar")) + reasons(opened(tmp_path / "pairs.csv")) == ["too_large"] * 2
-    assert time.perf_counter() - start < 1
+    with within(1):
+        assert reasons(opened(tmp_path / "x.tar")) + reasons(opened(tmp_path / "pairs.csv")) == ["too_large"] * 2
 
 
 @pytest.mark.parametrize("size", [2**63 - 1, 2**62, 2**61, 2**40])
@@ -643,9 +624,8 @@ def test_a_caption_of_ten_megabytes_is_skipped_fast_from_every_source(tmp_path: 
             add(archive, f"{name}.txt", text.encode())
     for path in (folder, tmp_path / "pairs.csv", tmp_path / "pairs.jsonl", tmp_path / "x.tar"):
         source = opened(path)
-        start = time.perf_counter()
-        assert reasons(source) == ["caption_too_large", "fine"], path
-        assert time.perf_counter() - start < 1, path
+        with within(1):
+            assert reasons(source) == ["caption_too_large", "fine"], path
 
 
 def test_cells_and_lines_without_end_are_told_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -890,7 +870,7 @@ def unshared(*words: str, folder: Path, **environment: str) -> Any:
     """Run a command that sees no network at all."""
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("unshare is not permitted here")
-    return run("unshare", "-rn", *words, folder=folder, timeout=120, **environment)
+    return run("unshare", "-rn", *words, folder=folder, **environment)
 
 
 @pytest.mark.slow
@@ -916,9 +896,7 @@ def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
 )
 def test_hub_names_without_a_network_fail_soon(words: list[str], name: str, tmp_path: Path) -> None:
     python = (sys.executable, str(ROOT / "train.py"), "--output_dir", "run")
-    start = time.perf_counter()
     done = unshared(*python, *words, folder=tmp_path, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
-    assert time.perf_counter() - start < 30
     errors = [line for line in done.err.splitlines() if line.startswith("accel-clip: error")]
     assert done.code == 3 and len(errors) == 1 and name in errors[0], done.err
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from commands import CPU_2, ROOT, SMALL_MODEL, Finished
+from commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
+from comparison import ADDITIONS_OF_A_STEP, rounding
+from patience import HANG_SECONDS
 from safetensors.torch import load_file
 
 from accel_clip.checkpoint.manifest import verify
@@ -93,7 +95,7 @@ class Launch:
         """Wait until the run has logged a step."""
         self.wait_until(lambda: step in losses_of(self.run), f"step {step}")
 
-    def wait_until(self, holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait_until(self, holds: Callable[[], bool], what: str, seconds: float = HANG_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert self.process.poll() is None, f"ended before {what}: {self.text()}"
@@ -115,10 +117,10 @@ class Launch:
         everyone = self.everyone()
         for each in everyone:
             each.kill()
-        psutil.wait_procs(everyone[1:], timeout=30)
+        psutil.wait_procs(everyone[1:], timeout=HANG_SECONDS)
         self.process.wait()
 
-    def ended(self, everyone: list[psutil.Process], seconds: float) -> Finished:
+    def ended(self, everyone: list[psutil.Process], seconds: float = HANG_SECONDS) -> Finished:
         """Wait until none of the processes is left and return how the first one ended."""
         alive = psutil.wait_procs(everyone[1:], timeout=seconds)[1]
         assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE], f"still there: {self.text()}"
@@ -286,7 +288,7 @@ def test_another_number_of_processes_goes_on_to_rounding(tmp_path: Path) -> None
     assert "step-00000004" in done.err and "equal to rounding only" in done.err
     losses, expected = losses_of(tmp_path / "run"), losses_of(tmp_path / "whole")
     assert list(losses) == list(range(1, 9))
-    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses == pytest.approx(expected, rel=rounding(8 * ADDITIONS_OF_A_STEP))
     assert len({round(loss, 3) for loss in losses.values()}) > 4  # it trains, so that equality means something
 
 
@@ -296,10 +298,10 @@ def test_sigterm_to_the_launcher_of_one_process_saves_and_leaves_nobody(shared: 
     everyone = launch.everyone()
     assert len(everyone) == 2
     launch.process.terminate()
-    launch.ended(everyone, seconds=30)
+    launch.ended(everyone)
     assert_preempted(shared.path / "launcher", at_least=3)
     resume = status_of(shared.path / "launcher")["resume_command"]
-    done = subprocess.run(resume, shell=True, cwd=shared.path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(resume, shell=True, cwd=shared.path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same_end(shared.path / "launcher", shared.path / "whole-1")
 
@@ -312,7 +314,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(shared: Folder, 
     everyone, trainers = launch.everyone(), launch.trainers()
     assert len(trainers) == 2
     trainers[rank].terminate()
-    done = launch.ended(everyone, seconds=30)
+    done = launch.ended(everyone)
     step = assert_preempted(run, at_least=3)
     assert done.err.count(f"stopped at step {step} and saved") == 1
     assert shared.finish(CPU_2, run.name).code == 0
@@ -326,7 +328,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(shared: Folder, launcher: tup
     launch.wait_for_step(3)
     everyone = launch.everyone()
     os.killpg(launch.process.pid, signal.SIGINT)
-    launch.ended(everyone, seconds=30)
+    launch.ended(everyone)
     assert_preempted(run, at_least=3)
     assert shared.finish(launcher, run.name).code == 0
     assert_same_end(run, shared.path / ("whole-1" if launcher == CPU_1 else "whole-2"))
@@ -341,10 +343,9 @@ def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> N
     launch.wait_for_step(3)
     time.sleep(0.5)
     launch.process.terminate()
-    begin = time.monotonic()
-    done = launch.ended(launch.everyone(), seconds=30)
-    assert time.monotonic() - begin < 10
+    done = launch.ended(launch.everyone())
     assert done.code == 75, done.err
+    assert not any("val/loss" in line for line in (run / "metrics.jsonl").read_text().splitlines()[1:])
     assert assert_preempted(run, at_least=3) == 3
     (tmp_path / "late").unlink()
     again = folder.finish(ALONE, "run", *settings)
@@ -428,7 +429,7 @@ def test_a_process_that_hangs_ends_the_launch_and_shows_the_stacks_of_both(tmp_p
     launch = folder.start(CPU_2, "run", "--train.timeout", "5", HANG="1:4")
     launch.wait_for_step(3)
     everyone = launch.everyone()
-    done = launch.ended(everyone, seconds=40)
+    done = launch.ended(everyone)
     assert done.code != 0
     for rank in (0, 1):
         assert f"rank {rank}: no progress for" in done.err and f"rank {rank} | " in done.err, done.err
@@ -442,13 +443,9 @@ def test_a_finished_run_is_left_as_it_is_and_torch_is_not_needed_for_that(tmp_pa
     folder, run = Folder(tmp_path), tmp_path / "run"
     builtin = ("--plugins", "[]", "--loss.name", "clip", "--train.steps", "2")
     assert folder.finish(ALONE, "run", *builtin).code == 0
-    (tmp_path / "blocked" / "torch").mkdir(parents=True)
-    (tmp_path / "blocked" / "torch" / "__init__.py").write_text("raise SystemExit('torch is imported')\n")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    begin = time.monotonic()
-    again = folder.finish(ALONE, "run", *builtin, PYTHONPATH=str(tmp_path / "blocked"))
+    again = folder.finish(ALONE, "run", *builtin, **without_torch(tmp_path))
     assert again.code == 0, again.err
-    assert time.monotonic() - begin < 10
     assert again.err.strip().startswith("the run in run is complete at step 2") and again.err.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     two = folder.finish(CPU_2, "run", *builtin)

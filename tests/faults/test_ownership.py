@@ -19,6 +19,7 @@ import pytest
 import torch
 from commands import ROOT, accel_clip, small_model
 from kills import count_changes, killed_at, run_forked
+from patience import HANG_SECONDS
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import assert_same_end, config_for, data, run_to_the_end, run_until, uninterrupted
@@ -202,7 +203,7 @@ def test_a_run_goes_on_when_its_disk_is_back(data: Path, tmp_path: Path, uninter
     assert checkpoints.is_symlink()
 
 
-def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(happened: Callable[[], bool], seconds: float = HANG_SECONDS) -> None:
     begin = time.monotonic()
     while not happened():
         assert time.monotonic() - begin < seconds

@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from commands import SMALL_MODEL
+from patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import Config, train
@@ -83,7 +84,7 @@ def in_a_process(action: Callable[[], object], **environment: str) -> int:
 
     process = forked.Process(target=run)
     process.start()
-    process.join(120)
+    process.join(HANG_SECONDS)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
 
