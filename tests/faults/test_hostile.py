@@ -758,9 +758,8 @@ def test_ordinary_options_are_no_credentials(name: str) -> None:
 
 def test_masking_takes_no_longer_than_reading() -> None:
     for piece in ("x", "?a=b", "%41", "eyJ", "?%74", "//a:", "-----BEGIN PRIVATE KEY-----", "sk-", "&" * 9, "a://"):
-        start = time.perf_counter()
-        masked(piece * (100_000 // len(piece)))
-        assert time.perf_counter() - start < 2, piece
+        with within(2):
+            masked(piece * (100_000 // len(piece)))
 
 
 def test_credentials_in_data_do_not_reach_checkpoints(tmp_path: Path) -> None:

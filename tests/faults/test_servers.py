@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
+from patience import HANG_SECONDS, within
 from test_shards import numbered, write_tar
 from web import rudely_served
 
@@ -34,6 +35,7 @@ from accel_clip.signals import Interruptible
 OK = b"HTTP/1.1 200 OK\r\n"
 PLAIN = OK + b"\r\n"
 SHORT = Patience(waits_seconds=(0.0,), read_seconds=0.3, window_seconds=0.3, least_bytes=1000)
+LONG = Patience(waits_seconds=(0.0,), read_seconds=HANG_SECONDS, window_seconds=HANG_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def tar(tmp_path: Path) -> bytes:
     return write_tar(tmp_path / "0.tar", numbered(0, 8)).read_bytes()
 
 
-def opened(address: str, patience: Patience = SHORT) -> Stream:
+def opened(address: str, patience: Patience = LONG) -> Stream:
     return open_remote_shards(f"{address}/0.tar", SourceOptions("x"), patience, patience)
 
 
@@ -82,11 +84,10 @@ TRICKLES: dict[str, Callable[[], Iterator[bytes]]] = {
 
 @pytest.mark.parametrize("way", TRICKLES)
 def test_a_server_that_sends_next_to_nothing_is_given_up(way: str) -> None:
-    start, told = time.monotonic(), list[str]()
+    told: list[str] = []
     patience = replace(SHORT, tell=told.append)
-    with rudely_served(lambda head: TRICKLES[way]()) as address, pytest.raises(DataError) as caught:
+    with within(10), rudely_served(lambda head: TRICKLES[way]()) as address, pytest.raises(DataError) as caught:
         opened(address, patience)
-    assert time.monotonic() - start < 4
     message = str(caught.value)
     assert "\n" not in message and f"{address}/0.tar: " in message
     if way != "trailers":  # the file has ended then
@@ -104,24 +105,25 @@ def test_a_server_that_falls_asleep_is_asked_again_and_the_shard_goes_on(tar: by
             yield tar[start:]
         else:
             yield OK + f"Content-Length: {len(tar)}\r\n\r\n".encode() + tar[:half]
-            time.sleep(1)
+            time.sleep(2)
 
+    patience = replace(SHORT, read_seconds=1.0, window_seconds=1.0)
     with rudely_served(sleepy) as address:
-        items = list(opened(address).read(0, 0))
+        items = list(opened(address, patience).read(0, 0))
     assert len(items) == 8 and not any(isinstance(item.pair, UnusableSample) for item in items)
 
 
 def test_a_slow_line_is_fast_enough_and_so_is_a_slow_reader(tmp_path: Path) -> None:
-    members = {f"{n}.{end}": os.urandom(2000) if end == "jpg" else b"x" for n in range(8) for end in ("jpg", "txt")}
+    members = {f"{n}.{end}": os.urandom(20_000) if end == "jpg" else b"x" for n in range(8) for end in ("jpg", "txt")}
     tar = write_tar(tmp_path / "0.tar", members).read_bytes()
 
     def slow(head: bytes) -> Iterator[bytes]:
         yield PLAIN
-        for start in range(0, len(tar), 1024):
+        for start in range(0, len(tar), 4096):
             time.sleep(0.02)
-            yield tar[start : start + 1024]
+            yield tar[start : start + 4096]
 
-    window = 0.3  # of the default's 60 seconds; the line has 20 KiB/s for 20 ms, 2.5 times as fast as it takes here
+    window = 0.3  # of the default's 60 seconds; the line is ten times as fast as it takes: sleep may last longer
     by_default = Patience()
     least = int(by_default.least_bytes * window / by_default.window_seconds) * 75  # of as many readers
     patience = Patience((), window_seconds=window, least_bytes=least)
@@ -142,9 +144,9 @@ def test_a_server_without_ranges_may_send_again_what_is_passed_over(tar: bytes) 
     def from_the_beginning(head: bytes) -> Iterator[bytes]:
         yield OK + f"Content-Length: {len(tar)}\r\n\r\n".encode()
         end = len(tar) if next(numbers) else len(tar) - 3000
-        for start in range(0, end, 512):
+        for start in range(0, end, 1024):
             time.sleep(0.01)
-            yield tar[start : min(start + 512, end)]
+            yield tar[start : min(start + 1024, end)]
 
     patience = Patience((0.0,), window_seconds=0.1, least_bytes=1000)
     with rudely_served(from_the_beginning) as address, RemoteFile(f"{address}/x", 0, patience) as file:
@@ -157,12 +159,11 @@ def test_a_signal_is_heard_while_a_server_is_waited_for() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=later)
-    with rudely_served(lambda head: every(0.2, PLAIN, then=b"x")) as address, RemoteFile(f"{address}/x") as file:
-        start = time.monotonic()
+    server = rudely_served(lambda head: every(0.2, PLAIN, then=b"x"))
+    with within(10), server as address, RemoteFile(f"{address}/x") as file:
+        thread.start()
         with pytest.raises(KeyboardInterrupt), Interruptible():
-            thread.start()
             file.read(100_000)
-        assert time.monotonic() - start < 3
     thread.join()
 
 
@@ -198,11 +199,10 @@ FLOODS: dict[str, Callable[[], Iterator[bytes]]] = {
 
 @pytest.mark.parametrize("way", FLOODS)
 def test_a_flood_is_left(way: str) -> None:
-    start = time.monotonic()
-    patience = Patience((0.0,), window_seconds=30.0)
-    with rudely_served(lambda head: FLOODS[way]()) as address, pytest.raises(DataError) as caught:
+    patience = Patience((0.0,), window_seconds=HANG_SECONDS)
+    with within(10), rudely_served(lambda head: FLOODS[way]()) as address, pytest.raises(DataError) as caught:
         opened(address, patience)
-    assert time.monotonic() - start < 3 and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- archives without end
@@ -253,10 +253,10 @@ def test_an_archive_without_end_stops_the_start(kind: str, monkeypatch: pytest.M
     monkeypatch.setattr(remote_shards, "BYTES_TO_LOOK_AT", 1 << 21)
     monkeypatch.setattr(remote_shards, "MOST_MEMBERS_FOR_A_SAMPLE", 3000)
     monkeypatch.setattr(tar_headers, "MOST_SPARSE_BLOCKS", 3000)
-    start = time.monotonic()
-    with rudely_served(lambda head: archive(kind)) as address, pytest.raises((DataError, ConfigError)) as caught:
+    refused = pytest.raises((DataError, ConfigError))
+    with within(10), rudely_served(lambda head: archive(kind)) as address, refused as caught:
         opened(address)
-    assert time.monotonic() - start < 3 and "\n" not in str(caught.value) and "/0.tar" in str(caught.value)
+    assert "\n" not in str(caught.value) and "/0.tar" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
@@ -265,11 +265,9 @@ def test_an_archive_without_end_is_left_in_training(kind: str, tar: bytes, monke
     monkeypatch.setattr(remote_shards, "MOST_MEMBERS_FOR_A_SAMPLE", 3000)
     monkeypatch.setattr(tar_headers, "MOST_SPARSE_BLOCKS", 3000)
     *first, last = ARCHIVES[kind]
-    start = time.monotonic()
     good = tar[: tar.rindex(b"\0" * 1024)].rstrip(b"\0")
-    with rudely_served(lambda head: endless(PLAIN, padded(good), *first, then=last)) as address:
+    with within(10), rudely_served(lambda head: endless(PLAIN, padded(good), *first, then=last)) as address:
         items = list(opened(address).read(0, 0))
-    assert time.monotonic() - start < 3
     assert len(items) == 9 + (kind == "one sample") and isinstance(items[-1].pair, UnusableSample), items[-1]
     assert items[-1].pair.reason in ("unreadable", "truncated_shard")
     assert not any(isinstance(item.pair, UnusableSample) for item in items[:8])
