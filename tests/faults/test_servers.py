@@ -160,10 +160,10 @@ def test_a_signal_is_heard_while_a_server_is_waited_for() -> None:
 
     thread = threading.Thread(target=later)
     server = rudely_served(lambda head: every(0.2, PLAIN, then=b"x"))
-    with within(10), server as address, RemoteFile(f"{address}/x") as file:
+    heard = pytest.raises(KeyboardInterrupt)
+    with within(10), server as address, RemoteFile(f"{address}/x") as file, heard, Interruptible():
         thread.start()
-        with pytest.raises(KeyboardInterrupt), Interruptible():
-            file.read(100_000)
+        file.read(100_000)
     thread.join()
 
 
