@@ -208,11 +208,11 @@ def test_a_run_goes_on_without_the_weights_it_began_with(gone: str, tmp_path: Pa
         "local-dir": ("--model.name", f"local-dir:{tmp_path / 'first'}"),
         "json": ("--model.name", model),
     }[gone]
+    begun = train_py(*words, *SHORT, "--train.steps", "2", "--output_dir", "half", folder=tmp_path)
+    assert begun.code == 0, begun.err
+    shutil.copytree(tmp_path / "half", tmp_path / "whole")
     whole = train_py(*words, *SHORT, "--train.steps", "4", "--output_dir", "whole", folder=tmp_path)
-    half = train_py(
-        *words, *SHORT, "--train.steps", "4", "--output_dir", "half", folder=tmp_path, ACCEL_CLIP_FAULT="step:3"
-    )
-    assert (whole.code, half.code) == (0, 9), whole.err + half.err
+    assert whole.code == 0 and "the model in the run's checkpoint" not in whole.err, whole.err
     if gone == "json":
         Path(model).unlink()
     else:
