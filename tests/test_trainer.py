@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,22 @@ def test_accumulation_averages_contrastive_batches(table: Path) -> None:
     weights = weights_of(both)
     assert_equal_to_rounding({name: weights[name] for name in exact}, single, exact)
     assert [point["samples"] for point in points_of(both) if "loss" in point] == [16]
+
+
+def test_a_run_leaves_the_process_as_it_found_it(table: Path) -> None:
+    """As a notebook wants it: threads and TF32 are set for the process, and given back also where a run fails."""
+    matmul, threads = torch.backends.cuda.matmul, torch.get_num_threads()
+    torch.set_num_threads(threads + 2)
+    running = set(threading.enumerate())
+    try:
+        train(config_for(table))
+        with pytest.raises(ConfigError, match="fewer than one batch"):
+            train(config_for(table, "none", train=TrainConfig(batch_size=1000, steps=1, threads=1)))
+        found = torch.get_num_threads(), matmul.fp32_precision
+    finally:
+        torch.set_num_threads(threads)
+    assert found == (threads + 2, "none")
+    assert not [each.name for each in threading.enumerate() if each not in running and "checkpoint" in each.name]
 
 
 def build_reference(config: Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
