@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, run, small_model
+from patience import within
 from torch.utils.data import Dataset
 
 from accel_clip.data.workers import Workers, share
@@ -52,16 +53,15 @@ def test_a_slow_batch_is_waited_for_as_long_as_nobody_asks(monkeypatch: pytest.M
 
 
 def test_a_stop_ends_a_wait_and_workers_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 3600.0)  # for which torch would join each
     asked = threading.Event()
     loaded = Workers(2, is_asked=asked.is_set).load(
         Numbers(frozenset({1, 2, 3})), torch.cat, [[item] for item in range(4)]
     )
     assert next(loaded).item() == 0
     threading.Timer(0.3, asked.set).start()
-    start = time.monotonic()
-    with pytest.raises(StopAsked):
+    with within(10), pytest.raises(StopAsked):
         next(loaded)
-    assert time.monotonic() - start < 4  # torch would join each of them for five seconds
     assert not multiprocessing.active_children()
 
 
@@ -105,7 +105,7 @@ def test_shared_memory_that_is_too_small_is_told_in_one_line(size: str, workers:
     words += ["--data.workers", str(workers), "--track.to", "[]", "--output_dir", "run"]
     mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm; exec "$@"'
     train = [sys.executable, str(ROOT / "train.py"), *words]
-    done = run("unshare", "-m", "sh", "-c", mounted, "sh", *train, folder=tmp_path, timeout=120)
+    done = run("unshare", "-m", "sh", "-c", mounted, "sh", *train, folder=tmp_path)
     last = done.err.splitlines()[-1]
     assert done.code == 3 and "Traceback" not in done.err, done.err
     assert "/dev/shm" in last and "--shm-size" in last and "data.workers" in last

@@ -219,19 +219,19 @@ def test_a_second_start_is_refused_and_the_first_ends_as_if_there_had_been_none(
     wait_for((tmp_path / "run" / "metrics.jsonl").exists)
     for _ in range(2):
         second = subprocess.run(
-            [*words, "--output_dir", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+            [*words, "--output_dir", "run"], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert second.returncode == 2
         assert f"output_dir: process {first.pid} on " in second.stderr
         assert "Traceback" not in second.stderr
     said = accel_clip("check", *words[2:], "--output_dir", "run", "--seconds", "0", folder=tmp_path)
     assert said.code == 2
-    first.communicate(timeout=200)
+    first.communicate(timeout=HANG_SECONDS)
     assert first.returncode == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     alone = subprocess.run(
-        [*words, "--output_dir", "alone"], cwd=tmp_path, capture_output=True, timeout=200, check=False
+        [*words, "--output_dir", "alone"], cwd=tmp_path, capture_output=True, timeout=HANG_SECONDS, check=False
     )
     assert alone.returncode == 0
     weights = Path("export") / "open_clip_model.safetensors"

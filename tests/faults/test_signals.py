@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from patience import HANG_SECONDS
 
 from accel_clip.signals import StopAsked, StopSignals, following_launcher, has_launcher
 
 RUNS_STEPS = """
 import sys, time
+from accel_clip import signals as module
 from accel_clip.cli import guarded
 from accel_clip.signals import StopSignals
+
+module.SECONDS_BEFORE_INSISTING = {insisting}
 
 
 def start_up():
@@ -34,12 +38,19 @@ def command():
         sys.stdout.flush()
         while signals.asked is None:
             time.sleep(0.02)
-        time.sleep({saving})  # saving takes a while
+        sys.stdout.write("saving\\n")
+        sys.stdout.flush()
+        time.sleep({saving})
     sys.stdout.write(f"saved after {{signals.asked}}\\n")
 
 
 sys.exit(guarded(command))
 """
+
+
+def runs_steps(start_up: float = 0, saving: float = 0, insisting: float = 1) -> str:
+    """Return the code of a run that starts, takes steps until it is asked to stop, and saves, which takes a while."""
+    return RUNS_STEPS.format(start_up=start_up, saving=saving, insisting=insisting)
 
 
 def start(code: str, *words: str, **environment: str) -> subprocess.Popen[str]:
@@ -69,8 +80,8 @@ def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
     raise AssertionError(f"'{line}' was not said: {process.communicate()[1]}")
 
 
-def start_stepping(saving: float) -> subprocess.Popen[str]:
-    process = start(RUNS_STEPS.format(start_up=0, saving=saving))
+def start_stepping(**settings: float) -> subprocess.Popen[str]:
+    process = start(runs_steps(**settings))
     wait_for_line(process, "stepping")
     return process
 
@@ -79,37 +90,39 @@ def start_stepping(saving: float) -> subprocess.Popen[str]:
 def test_a_run_that_is_asked_to_stop_ends_by_itself(number: signal.Signals) -> None:
     process = start_stepping(saving=0.3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, f"saved after {number.name}\n", "")
+    out, err = process.communicate(timeout=HANG_SECONDS)
+    assert (process.returncode, out, err) == (0, f"saving\nsaved after {number.name}\n", "")
 
 
-def test_a_group_signal_and_what_the_launcher_sends_after_it_are_one_request() -> None:
-    process = start_stepping(saving=2)
+@pytest.mark.parametrize(("second", "insisting"), [(signal.SIGINT, 600), (signal.SIGTERM, 0)])
+def test_a_group_signal_and_what_the_launcher_sends_after_it_are_one_request(
+    second: signal.Signals, insisting: float
+) -> None:
+    """The launcher passes on what the terminal has sent already, or ends its processes some time later."""
+    process = start_stepping(saving=0.5, insisting=insisting)
     os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)  # the launcher passes on what the terminal has sent already
-    time.sleep(1.2)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=10)
+    wait_for_line(process, "saving")
+    process.send_signal(second)
+    out, _ = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (0, "saved after SIGINT\n")
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_ctrl_c_again_ends_at_once(first: signal.Signals) -> None:
-    process = start_stepping(saving=60)
+    process = start_stepping(saving=600, insisting=0)
     process.send_signal(first)
-    time.sleep(1.3)
+    wait_for_line(process, "saving")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_starting_interrupts(number: signal.Signals) -> None:
-    process = start(RUNS_STEPS.format(start_up=60, saving=0))
+    process = start(runs_steps(start_up=60))
     wait_for_line(process, "starting")
     process.send_signal(number)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
@@ -124,34 +137,33 @@ time.sleep(60)
 
 @pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND", ""])
 def test_only_what_a_launcher_started_ends_with_its_parent(launcher: str) -> None:
-    parent = start(
-        PARENT.format(child=RUNS_STEPS.format(start_up=0, saving=0.5)), **({launcher: "x"} if launcher else {})
-    )
+    parent = start(PARENT.format(child=runs_steps(saving=0.5)), **({launcher: "x"} if launcher else {}))
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     wait_for_line(parent, "stepping")
     parent.kill()
     try:
         if launcher:
-            assert parent.stdout.read() == "saved after SIGTERM\n"  # read to its end: the child, too, has closed it
+            said = parent.stdout.read()  # to its end: the child, too, has closed it
+            assert said == "saving\nsaved after SIGTERM\n"
         else:
             time.sleep(2)
             os.kill(child, 0)
     finally:
         if not launcher:
             os.kill(child, signal.SIGKILL)
-        parent.communicate(timeout=10)
+        parent.communicate(timeout=HANG_SECONDS)
 
 
 @pytest.mark.slow
 def test_a_run_outlives_no_launcher_that_is_told_to_stop(tmp_path: Path) -> None:
     """With one process `accelerate launch` dies of a SIGTERM itself and passes nothing on."""
-    (tmp_path / "steps.py").write_text(RUNS_STEPS.format(start_up=0, saving=0.5))
+    (tmp_path / "steps.py").write_text(runs_steps(saving=0.5))
     launcher = start("from accelerate.commands.launch import main; main()", "--cpu", str(tmp_path / "steps.py"))
     wait_for_line(launcher, "stepping")
     launcher.terminate()
-    assert launcher.stdout is not None and launcher.stdout.read() == "saved after SIGTERM\n"
-    launcher.communicate(timeout=10)
+    assert launcher.stdout is not None and launcher.stdout.read() == "saving\nsaved after SIGTERM\n"
+    launcher.communicate(timeout=HANG_SECONDS)
     assert not has_launcher({"PATH": "/bin", "OMP_NUM_THREADS": "1"})
 
 
@@ -159,10 +171,10 @@ def test_the_launcher_is_no_longer_followed_after_the_block(monkeypatch: pytest.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with following_launcher():
         assert "launcher" in {thread.name for thread in threading.enumerate()}
-    deadline = time.monotonic() + 5
-    while "launcher" in {thread.name for thread in threading.enumerate()}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    for thread in threading.enumerate():
+        if thread.name == "launcher":
+            thread.join(HANG_SECONDS)
+            assert not thread.is_alive()
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
@@ -186,7 +198,7 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
 
 def test_nohup_outlives_its_terminal() -> None:
     process = subprocess.Popen(
-        ["nohup", sys.executable, "-c", RUNS_STEPS.format(start_up=0, saving=0)],
+        ["nohup", sys.executable, "-c", runs_steps()],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -197,7 +209,7 @@ def test_nohup_outlives_its_terminal() -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.terminate()
-    assert process.communicate(timeout=10)[0] == "saved after SIGTERM\n"
+    assert process.communicate(timeout=HANG_SECONDS)[0] == "saving\nsaved after SIGTERM\n"
 
 
 def test_a_wait_that_raises_is_left_at_once_also_when_somebody_asked_before() -> None:
@@ -239,7 +251,7 @@ def test_a_start_that_swallows_an_interruption_ends_all_the_same(num_deaf: int) 
     process = start(SWALLOWS.format(num_deaf=num_deaf))
     wait_for_line(process, "starting")
     process.terminate()
-    said = process.communicate(timeout=10)[1]
+    said = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 130
     assert said == ("interrupted\n" if num_deaf == 1 else "")  # who hears nothing says nothing
 
@@ -260,7 +272,7 @@ sys.exit(guarded(command))
 
 def test_an_interrupted_start_waits_for_no_thread_of_a_library() -> None:
     process = start(KEEPS_A_THREAD)
-    assert process.communicate(timeout=10)[1] == "interrupted\n"
+    assert process.communicate(timeout=HANG_SECONDS)[1] == "interrupted\n"
     assert process.returncode == 130
 
 
@@ -327,7 +339,7 @@ def test_a_group_signal_leaves_the_loader_alive_until_the_run_has_stopped(number
     process = start(LOADS_DATA, OMP_NUM_THREADS="1")
     wait_for_line(process, "stepping")
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (0, f"batch 8 {number.name}\n"), err
     with pytest.raises(ProcessLookupError):  # the workers have ended too
         os.killpg(process.pid, 0)
@@ -354,7 +366,7 @@ sys.exit(guarded(lambda: list(iterate(Deadly(), [[0, 1]] * 8, DataConfig(), 1, F
 @pytest.mark.parametrize(("name", "part"), [("SIGKILL", "was killed: Killed"), ("SIGBUS", "--shm-size")])
 def test_a_killed_data_worker_is_told_in_one_line(name: str, part: str) -> None:
     process = start(KILLED_WORKER.format(name=name), OMP_NUM_THREADS="1")
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=HANG_SECONDS)[1]
     lines = err.replace("\0", "").splitlines()
     said = [line for line in lines if not line.startswith("ERROR: Unexpected bus error")]  # torch's, in C
     assert process.returncode == 3 and len(said) == 1, err
@@ -372,12 +384,13 @@ def test_a_worker_killed_in_a_run_is_told_in_one_line(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
-    while not (metrics.is_file() and '"grad_norm"' in metrics.read_text()) and time.monotonic() < deadline:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and '"grad_norm"' in metrics.read_text()):
+        assert process.poll() is None
         time.sleep(0.1)
     workers = psutil.Process(process.pid).children()
     assert workers
     workers[0].kill()
-    err = process.communicate(timeout=30)[1]
+    err = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 3 and "Traceback" not in err, err
     assert err.count("accel-clip: error: a data worker") == 1

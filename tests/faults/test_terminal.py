@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, losses_of, small_model
+from patience import HANG_SECONDS
 
 from accel_clip.terminal import lasting_output
 
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
 def ended(file: Path, stdout: int, stderr: int) -> int:
     """Run a command that says much, and return its exit code; it must have got to its end."""
     words = [sys.executable, "-c", SAYS, str(file)]
-    done = subprocess.run(words, stdout=stdout, stderr=stderr, env=environment(), timeout=60, check=False)
+    done = subprocess.run(words, stdout=stdout, stderr=stderr, env=environment(), timeout=HANG_SECONDS, check=False)
     assert file.read_text() == "got to the end"
     return done.returncode
 
@@ -79,7 +80,8 @@ def test_what_nobody_reads_ends_nothing(open_one: object, tmp_path: Path) -> Non
 
 def test_closed_streams_end_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "-c", SAYS, str(tmp_path / "end")]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words], env=environment(), timeout=60, check=False)
+    closing = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
+    done = subprocess.run(closing, env=environment(), timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0 and (tmp_path / "end").exists()
 
 
@@ -112,7 +114,7 @@ def test_a_lost_terminal_ends_no_training(open_one: object, tmp_path: Path) -> N
     words += ["--data.workers", "1", "--output_dir", "run", "--track.every", "1"]
     one = open_one()
     train = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(train, cwd=tmp_path, stdout=one, stderr=one, timeout=120, check=False)
+    done = subprocess.run(train, cwd=tmp_path, stdout=one, stderr=one, timeout=HANG_SECONDS, check=False)
     os.close(one)
     assert done.returncode == 0 and len(losses_of(tmp_path / "run")) == 3
     assert '"complete"' in (tmp_path / "run" / "STATUS.json").read_text()

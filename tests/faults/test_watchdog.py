@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import ROOT, run
+from patience import HANG_SECONDS
 
 from accel_clip.faults import PeerEnded, recognise
 from accel_clip.processes import stay_on_this_machine
@@ -56,10 +58,10 @@ def start_two(folder: Path, body: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def both_end(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+def both_end(processes: list[subprocess.Popen[str]]) -> list[str]:
     """Return what each said on standard error."""
     try:
-        return [process.communicate(timeout=timeout)[1] for process in processes]
+        return [process.communicate(timeout=HANG_SECONDS)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -82,7 +84,7 @@ with Watchdog(2.0, on_hang=lambda message: time.sleep(100)) as watchdog:
 @pytest.mark.slow
 def test_a_hung_process_ends_both_and_both_say_where_they_stand(tmp_path: Path) -> None:
     processes = start_two(tmp_path, HANG)
-    said = both_end(processes, timeout=40)  # importing torch included
+    said = both_end(processes)
     assert [process.returncode for process in processes] == [1, 1]
     for rank, place in enumerate(("in meet", "in stuck_here")):
         lines = said[rank].splitlines()
@@ -105,7 +107,7 @@ for _ in range(1000):
 @pytest.mark.parametrize("death", ["raise ZeroDivisionError('my own fault')", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_the_error_of_the_process_that_died_is_the_one_that_is_seen(tmp_path: Path, death: str) -> None:
     processes = start_two(tmp_path, DIE.format(death=death))
-    follower, first = both_end(processes, timeout=30)
+    follower, first = both_end(processes)
     assert processes[0].returncode == 1
     assert follower == "accel-clip: error: rank 0: another process ended; see its error above\n"
     if "raise" in death:
@@ -133,53 +135,77 @@ def test_errors_of_this_process_are_not_taken_for_those_of_others() -> None:
     assert all(isinstance(recognise(RuntimeError(text)), PeerEnded) for text in others)
 
 
-def ended(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list that takes the place of the end of this process."""
-    ends: list[float] = []
+class Story:
+    """Takes the place of a watchdog's clock, and of what it waits with: each wait lets time pass, and the story go on.
 
-    def end(self: Watchdog, silence: float) -> None:
-        ends.append(silence)
-        self.over.set()
+    told: yields the seconds until it goes on, and may move `now` and `computed` itself. ends: for how long nothing had
+    come when the watchdog ended the process.
+    """
 
-    monkeypatch.setattr(Watchdog, "end", end)
-    return ends
+    def __init__(self, told: Callable[[Watchdog], Iterator[float]], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told, self.now, self.computed, self.next = told, 0.0, 0.0, 0.0
+        self.ends: list[float] = []
+        monkeypatch.setattr("accel_clip.watchdog.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(Watchdog, "end", lambda watchdog, silence: self.ends.append(silence))
+
+    def happens_to(self, watchdog: Watchdog) -> list[float]:
+        """Let a watchdog watch it to its end, or its own."""
+        self.left = self.told(watchdog)
+        watchdog.over = self  # type: ignore[assignment]
+        assert watchdog.timeout_seconds is not None
+        watchdog.watch(watchdog.timeout_seconds)
+        return self.ends
+
+    def wait(self, interval: float) -> bool:
+        """Return whether it is over, after a while."""
+        self.now += interval
+        while self.now >= self.next:
+            try:
+                self.next = self.now + next(self.left)
+            except StopIteration:
+                return True
+        return bool(self.ends)
 
 
 def test_patience_is_long_before_the_first_step_and_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = ended(monkeypatch)
-    with Watchdog(0.2) as watchdog:
-        time.sleep(0.5)  # start-up
+    def told(watchdog: Watchdog) -> Iterator[float]:
+        yield 500  # start-up
         watchdog.beat("evaluation")
-        time.sleep(0.5)  # the first step compiles
+        yield 500  # the first step compiles
         watchdog.beat_step(1)
-        assert watchdog.patience() == pytest.approx(2.5, abs=0.3)  # five times the first step, the start-up left out
+        assert watchdog.patience() == pytest.approx(2500, abs=100)  # five times the first step, the start-up left out
         watchdog.patient("checkpoint")
         assert watchdog.limit == LONG_SECONDS
-        time.sleep(0.3)
+        yield 1700
         watchdog.beat_step(2)
         assert len(watchdog.recent) == 1  # a stretch known to be long says nothing about steps
         for step in range(3, 110):
             watchdog.beat_step(step)
-        assert watchdog.limit == 0.2  # the first step is forgotten
-        time.sleep(0.1)
+        assert watchdog.limit == 200  # the first step is forgotten
+        yield 100
         watchdog.beat_step(110)
-        watchdog.limit = 0.2
-        assert not ends
-        time.sleep(0.6)
-        assert len(ends) == 1 and 0.2 < ends[0] < 0.4
+        watchdog.limit = 200
+        assert not story.ends
+        yield 600
+
+    story = Story(told, monkeypatch)
+    (silence,) = story.happens_to(Watchdog(200))
+    assert 200 < silence < 250
 
 
 def test_a_process_alone_is_given_the_time_in_which_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = ended(monkeypatch)
-    with Watchdog(0.4, computed=time.process_time) as watchdog:
+    def told(watchdog: Watchdog) -> Iterator[float]:
         watchdog.beat_step(1)
         watchdog.beat_step(2)
-        end = time.process_time() + 1.0
-        while time.process_time() < end:
-            pass
-        assert not ends
-        time.sleep(1.0)  # it waits for something that never comes
-        assert len(ends) == 1
+        for _ in range(1000):
+            story.computed += 0.5
+            yield 1.0
+        assert not story.ends
+        yield 1000.0  # it waits for something that never comes
+
+    story = Story(told, monkeypatch)
+    (silence,) = story.happens_to(Watchdog(40, computed=lambda: story.computed))
+    assert 40 < silence < 50
 
 
 @pytest.mark.parametrize(("timeout", "limit"), [(45.0, 1800), (7200.0, 7200)])
@@ -238,50 +264,32 @@ def test_a_worker_that_hangs_is_found_and_ended_in_one_process_too() -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    out, said = process.communicate(timeout=60)  # to the end: the worker, too, has closed it
+    out, said = process.communicate(timeout=HANG_SECONDS)  # to the end: the worker, too, has closed it
     assert (process.returncode, out) == (1, "hanging\n")
     assert "no progress for 1 s, last done: step 1" in said and "in received" in said
 
 
-def test_no_timeout_means_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = ended(monkeypatch)
-    with Watchdog(None) as watchdog:
+def test_no_timeout_means_no_thread() -> None:
+    def watching() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+    with Watchdog(None):
+        assert not watching()
+    with Watchdog(0.1):
+        (thread,) = watching()
+    thread.join(HANG_SECONDS)  # after the block nothing is watched
+    assert not thread.is_alive()
+
+
+def test_a_process_that_was_suspended_has_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(watchdog: Watchdog) -> Iterator[float]:
         watchdog.beat_step(1)
-        time.sleep(0.3)
-    with Watchdog(0.1) as over:
-        over.beat_step(1)
-    time.sleep(0.4)  # after the block nothing is watched
-    assert not ends
+        for _ in range(10):
+            story.now += 3600  # in the middle of a wait
+            yield 1.0
 
-
-STOPPED = """
-import sys, time
-from accel_clip.watchdog import Watchdog
-
-with Watchdog(2.0) as watchdog:
-    watchdog.beat_step(1)
-    sys.stdout.write("waiting\\n")
-    sys.stdout.flush()
-    for _ in range(100):
-        time.sleep(0.01)
-"""
-
-
-def test_a_process_that_was_suspended_has_not_hung() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
-    process.send_signal(signal.SIGCONT)
-    said = process.communicate(timeout=10)[1]
-    assert (process.returncode, said) == (0, "")
+    story = Story(told, monkeypatch)
+    assert story.happens_to(Watchdog(45)) == []
 
 
 @pytest.fixture
