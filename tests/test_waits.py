@@ -53,6 +53,7 @@ KNOWN = {
     ("evaluation/retrieval.py", "reduce"): MEETS,
     ("evaluation/validation.py", "reduce"): MEETS,
     ("export.py", "create_repo"): "a command of its own, which a signal interrupts",
+    ("export.py", "get_tokenizer"): SHORT,
     ("export.py", "upload_folder"): "a command of its own, which a signal interrupts",
     ("files/lock.py", "lockf"): "does not wait: it is asked whether the lock is free",
     ("files/lock.py", "sleep"): SHORT,
@@ -69,6 +70,7 @@ KNOWN = {
     ("preflight/speed.py", "synchronize"): SHORT,
     ("processes.py", "gather"): MEETS,
     ("processes.py", "gather_object"): MEETS,
+    ("rebuilding.py", "get_tokenizer"): SHORT,
     ("saving.py", "wait_for_everyone"): MEETS,
     (
         "tracking.py",
