@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -107,6 +109,25 @@ def test_trimming_for_a_pooling_that_looks_further_is_refused(monkeypatch: pytes
         given = towers.encode_text(clip, towers.trimmed(tokens))
     with pytest.raises(AssertionError, match="is allowed for rounding"):
         assert_equal_to_rounding({"features": given}, {"features": single}, {"features": exact})
+
+
+def guessed_tolerances(tree: ast.AST) -> list[int]:
+    """Return the lines in which a comparison is given a number that only float32 could have asked for."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    given = [word.value for call in calls for word in call.keywords if word.arg in ("rtol", "atol", "rel", "abs")]
+    return [
+        each.lineno
+        for each in given
+        if isinstance(each, ast.Constant) and isinstance(each.value, float) and 1e-9 < each.value < 1e-2
+    ]
+
+
+def test_no_tolerance_is_guessed() -> None:
+    assert guessed_tolerances(ast.parse("assert_close(a, b, rtol=1e-5)\nx == approx(y, abs=1e-12)\n")) == [1]
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    guessed = {name: lines for name, tree in trees.items() if (lines := guessed_tolerances(tree))}
+    assert not guessed, f"comparison.py derives them: {guessed}"
 
 
 def test_a_number_that_the_reference_hits_by_chance_may_be_missed_by_rounding() -> None:

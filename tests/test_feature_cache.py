@@ -254,7 +254,7 @@ def test_what_changed_is_encoded_anew_alone_and_it_is_said(
     fresh = cache_of(tower, pairs, folder / "fresh")
     assert numpy.array_equal(found.keys, fresh.keys) and found.unusable == fresh.unusable == {}
     for key in found.keys.tolist():
-        torch.testing.assert_close(found[key], fresh[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[key], fresh[key], rtol=0, atol=rounding(ADDITIONS_OF_A_STEP))
 
 
 def test_the_same_features_are_used_again(

@@ -122,7 +122,8 @@ def test_dropped_patches_are_the_same_in_both_passes(tmp_path: Path, rows: int) 
     assert_equal_to_rounding(some, kept, exact)
     assert_equal_to_rounding(none, kept, exact)
     other = gradients(model, loss, batch, Plan(rows, 99), seed=6)
-    assert not torch.allclose(other["visual.proj"], kept["visual.proj"], rtol=1e-3), "no patch was dropped"
+    difference = (other["visual.proj"] - kept["visual.proj"]).norm()
+    assert difference > 0.1 * kept["visual.proj"].norm(), "no patch was dropped"
 
 
 def test_without_replayed_randomness_the_gradient_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
