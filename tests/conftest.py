@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process_state import accelerate_states, left_behind, process_state
+from process_state import (
+    accelerate_states,
+    is_of_a_test,
+    left_behind,
+    names_of_others,
+    process_state,
+    registries,
+)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
@@ -33,6 +41,19 @@ def nothing_is_left() -> Iterator[None]:
     yield
     left = left_behind(before)
     assert not left, "\n".join(["left behind:", *left])
+
+
+@pytest.fixture
+def own_plugins() -> Iterator[None]:
+    """End with a test the modules that it loads from its own folder, and what they register."""
+    modules, names = set(sys.modules), {id(each): set(each.names()) for each in registries()}
+    yield
+    for name in sorted(set(sys.modules) - modules):
+        if is_of_a_test(name):
+            del sys.modules[name]
+    for registry in registries():
+        for name in names_of_others(registry) - names.get(id(registry), set()):
+            del registry._entries[name]
 
 
 @pytest.fixture(autouse=True)

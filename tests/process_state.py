@@ -29,7 +29,14 @@ SIGNALS = sorted(signal.valid_signals())
 START_METHOD = multiprocessing.get_all_start_methods()[0]  # the default, until one is asked for
 ACCELERATE_STATES = ("PartialState", "AcceleratorState", "GradientState")
 PRECISIONS = ("cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.conv", "mkldnn.matmul", "mkldnn.rnn")
+REGISTRIES = {
+    "accel_clip.losses.base": "LOSSES",
+    "accel_clip.optim.optimizers": "OPTIMIZERS",
+    "accel_clip.optim.schedules": "SCHEDULES",
+    "accel_clip.data.sources.base": "SOURCES",
+}
 CUDNN = attrgetter("enabled", "benchmark", "benchmark_limit", "deterministic", "allow_tf32")
+COME_WITH_MODULES = ("sys: levels of logging", "accel_clip.registry: names")  # new keys of these
 SET_BY_TIMM = "recompile_limit"  # as one of its optimizers is imported
 
 Readers = dict[str, Callable[[Any], object]]
@@ -97,6 +104,11 @@ def precisions(backends: Any) -> dict[str, object]:
     return {"all": backends.fp32_precision, **of_float32, "sums of half precision": reduced}
 
 
+def registries() -> list[Any]:
+    """Return the registries of the package whose modules are imported."""
+    return [getattr(sys.modules[home], name) for home, name in REGISTRIES.items() if home in sys.modules]
+
+
 def names_of_others(registry: Any) -> set[str]:
     """Return the names in a registry that the package itself did not register."""
     return {each.name for each in registry if not each.target.__module__.startswith("accel_clip.")}
@@ -151,10 +163,7 @@ READERS: dict[str, Readers] = {
     "torch._dynamo.config": {"settings": lambda config: {**config.get_config_copy(), SET_BY_TIMM: None}},
     "torch._inductor.config": {"settings": lambda config: config.get_hash()},  # a copy takes half a millisecond
     "accelerate.state": {"state": lambda _: {name: dict(shared) for name, shared in accelerate_states().items()}},
-    "accel_clip.losses.base": {"names": lambda home: names_of_others(home.LOSSES)},
-    "accel_clip.optim.optimizers": {"names": lambda home: names_of_others(home.OPTIMIZERS)},
-    "accel_clip.optim.schedules": {"names": lambda home: names_of_others(home.SCHEDULES)},
-    "accel_clip.data.sources.base": {"names": lambda home: names_of_others(home.SOURCES)},
+    "accel_clip.registry": {"names": lambda _: {each.setting: names_of_others(each) for each in registries()}},
     "PIL.Image": {"largest picture": lambda home: home.MAX_IMAGE_PIXELS},
     "PIL.ImageFile": {"cut pictures are read": lambda home: home.LOAD_TRUNCATED_IMAGES},
     "huggingface_hub.constants": {"offline": lambda constants: constants.HF_HUB_OFFLINE},
@@ -181,7 +190,7 @@ def left_behind(before: dict[str, Any]) -> list[str]:
 def differences(name: str, old: Any, new: Any) -> list[str]:
     """Return how one setting differs: by the keys of a mapping, by what is new in a set."""
     if isinstance(old, Mapping):
-        keys = old if name == "sys: levels of logging" else {**old, **new}  # new loggers come with modules
+        keys = old if name in COME_WITH_MODULES else {**old, **new}
         differing = [key for key in keys if old.get(key, ABSENT) != new.get(key, ABSENT)]
         return [f"{name} {key}: {old.get(key, ABSENT)!r} is now {new.get(key, ABSENT)!r}" for key in differing]
     if isinstance(old, set):
@@ -194,5 +203,10 @@ def matters(new: object) -> bool:
     if isinstance(new, threading.Thread):
         new.join(PATIENCE_SECONDS)
         return new.is_alive()
-    file = getattr(sys.modules.get(str(new)), "__file__", None)
-    return new not in sys.modules or (isinstance(file, str) and file.startswith(tempfile.gettempdir()))
+    return new not in sys.modules or is_of_a_test(str(new))
+
+
+def is_of_a_test(module: str) -> bool:
+    """Return whether a module was loaded from a test's folder."""
+    file = getattr(sys.modules[module], "__file__", None)
+    return isinstance(file, str) and file.startswith(tempfile.gettempdir())

@@ -209,7 +209,12 @@ FORMS = "pairs.csv pairs.jsonl rows/0.parquet folder saved shards shards/0.tar h
     ("forms", "seconds"), [(["shards"], "0"), pytest.param(FORMS.split(), "0.1", marks=pytest.mark.slow)]
 )
 def test_nothing_is_written_whatever_the_data_are(
-    forms: list[str], seconds: str, tmp_path: Path, check: Checker, monkeypatch: pytest.MonkeyPatch
+    forms: list[str],
+    seconds: str,
+    tmp_path: Path,
+    check: Checker,
+    monkeypatch: pytest.MonkeyPatch,
+    own_plugins: None,
 ) -> None:
     every_source(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

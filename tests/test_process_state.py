@@ -115,7 +115,9 @@ CHANGES: dict[str, Callable[[str], object]] = {
     ),
     "tiny numbers are flushed": lambda _: called(torch.set_flush_denormal, True, False),
     "AcceleratorState": lambda _: entry(accelerate.state.AcceleratorState._shared_state, "_mixed_precision", "bf16"),
-    "losses.base: names": lambda _: entry(LOSSES._entries, "own", types.SimpleNamespace(name="own", target=own_loss)),
+    "registry: names loss.name": lambda _: entry(
+        LOSSES._entries, "own", types.SimpleNamespace(name="own", target=own_loss)
+    ),
     "modules: my_plugin": lambda folder: entry(sys.modules, "my_plugin", plugin(folder)),
     "environment LEFT": lambda _: entry(os.environ, "LEFT", "1"),
     "folder": lambda folder: called(os.chdir, folder, os.getcwd()),

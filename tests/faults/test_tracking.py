@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,14 @@ def status_of(config: Config) -> dict[str, Any]:
 
 
 @pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a Weights & Biases without a server into the path; yield the file that it writes a line a point to."""
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> Path:
+    """Put a Weights & Biases without a server into the path; return the file that it writes a line a point to."""
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("LOGGED", str(tmp_path / "logged"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB, LoggerType.TENSORBOARD])
-    yield tmp_path / "logged"
-    sys.modules.pop("wandb", None)
+    return tmp_path / "logged"
 
 
 class Full:
