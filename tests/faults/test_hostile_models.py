@@ -129,11 +129,14 @@ def test_a_teacher_and_an_option_with_code_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_transformers_alone_would_ask_and_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_alone_would_ask_and_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None
+) -> None:
     """What the house keeps from happening does happen without it, so the tests above are not vacuous."""
     from transformers import AutoConfig
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it lengthens
     folder = tower(tmp_path / "tower", tmp_path / "canary", **CODE["config"])
     with without_foreign_code(), pytest.raises(ValueError, match="custom code"):
         AutoConfig.from_pretrained(folder)

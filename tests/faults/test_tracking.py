@@ -172,7 +172,7 @@ def test_a_picture_that_a_tracker_cannot_show_does_not_end_the_run(
 
     folder = RunFolder(tmp_path / "run")
     folder.create()
-    tracking = Tracking(Accelerator(cpu=True), config_for(tmp_path), folder)
+    tracking = Tracking(Accelerator(cpu=True), config_for(tmp_path), folder, "one run")
     tracking.trackers = [Blind()]
     for _ in range(2):
         tracking.log_picture(1, "retrieval", lambda: [[0]])
