@@ -21,10 +21,11 @@ import torch
 from open_clip.model import set_model_preprocess_cfg
 from torch import Tensor
 
+from accel_clip.checkpoint.storage import FULL
 from accel_clip.config import Config, ModelConfig
 from accel_clip.console import say
 from accel_clip.export import Described, as_exported, tokenizer_described, write_description
-from accel_clip.faults import AccelClipError, ConfigError, one_line
+from accel_clip.faults import AccelClipError, ConfigError, StorageError, one_line
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.description import Description, check_description
 from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
@@ -92,6 +93,8 @@ def prove_export(model: ClipModel, config: ModelConfig) -> None:
             again.load_state_dict(model.clip.state_dict(), assign=True)
             require_equal_outputs(model, again, tokens)
     except (*CANNOT, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise StorageError(f"{tempfile.gettempdir()}: {error}: free some space, or set TMPDIR") from error
         raise ConfigError(
             f"model.name: an export of '{config.name}' with model.options {config.options} could not be loaded again: "
             f"{one_line(error, 200)}: choose another model, or one that is made for this size of pictures"

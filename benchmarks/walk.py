@@ -54,12 +54,12 @@ def mine(image_features, text_features, logit_scale, output_dict=True):
     return {"mine_loss": torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))}
 '''
 NUM_PAIRS = 120
-NUM_STEPS = 30
+NUM_STEPS = 120
 SETTINGS = (
     *("--data.train", "data/pairs.csv", "--plugins", "loss.py", "--loss.name", "mine", "--model.name", "model.json"),
     *("--optim.name", "adamw", "--train.batch_size", "16", "--train.threads", "1", "--train.steps", str(NUM_STEPS)),
-    *("--data.workers", "1", "--data.val_fraction", "0.1", "--data.image_cache_gib", "0.1", "--eval.every", "20"),
-    *("--checkpoint.every", "5", "--track.to", "[]", "--track.every", "1"),
+    *("--data.workers", "1", "--data.val_fraction", "0.1", "--data.image_cache_gib", "0.1", "--eval.every", "40"),
+    *("--checkpoint.every", "8", "--track.to", "[]", "--track.every", "1"),
 )
 LAUNCHERS = {
     1: (sys.executable,),
@@ -74,6 +74,10 @@ KILLED = -int(signal.SIGKILL)
 
 class WrongEnd(Exception):
     """Something happened that no fault stands for."""
+
+
+class NothingToDo(Exception):
+    """A fault has nothing to befall as the run stands."""
 
 
 class Run:
@@ -158,13 +162,22 @@ class Run:
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         """Start the run and hand it over at a moment drawn between its launch and its end."""
         process = self.start()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(self.draw.uniform(0.05, 1.0) * self.seconds)
+        self.wait_for_a_moment(process)
         try:
             yield process
         finally:
             if process.poll() is None:
                 kill_all(process)
+
+    def wait_for_a_moment(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a step drawn anew, or else for a time in the start, or until the run is over."""
+        step, until = self.draw.randrange(NUM_STEPS), time.monotonic() + self.draw.uniform(0.0, self.seconds)
+        in_the_start = self.draw.random() < 0.3
+        while process.poll() is None and time.monotonic() < (until if in_the_start else until + SECONDS_TO_END):
+            if not in_the_start and last_step(self.output) >= step:
+                time.sleep(self.draw.uniform(0.0, 0.3))
+                return
+            time.sleep(0.02)
 
     # --- what happens
 
@@ -216,8 +229,8 @@ class Run:
     def damage(self) -> None:
         """A byte of the newest checkpoint flips."""
         steps = sorted((self.output / "checkpoints").glob("step-" + "[0-9]" * 8))
-        if len(steps) < 2:
-            return
+        if len(steps) < 2 or self.is_complete():
+            raise NothingToDo
         file = self.draw.choice([path for path in steps[-1].iterdir() if path.stat().st_size and path.name[0] != "."])
         content = bytearray(file.read_bytes())
         content[self.draw.randrange(len(content))] ^= 0x10
@@ -227,7 +240,7 @@ class Run:
         """The checkpoints lie on a disk that is not there; then it is."""
         checkpoints, disk = self.output / "checkpoints", self.folder / "disk"
         if not self.may_go_on():
-            return
+            raise NothingToDo
         checkpoints.rename(disk)
         if self.draw.random() < 0.5:
             checkpoints.symlink_to(self.folder / "not-there")
@@ -242,7 +255,7 @@ class Run:
         file = self.folder / self.draw.choice(["data/pairs.csv", "model.json", "loss.py"])
         before, stamps = file.read_bytes(), file.stat()
         if not self.may_go_on():
-            return
+            raise NothingToDo
         if file.suffix == ".csv":
             head, *rows = before.decode().splitlines()
             rows = rows[::-1] if self.draw.random() < 0.5 else [row.replace("picture", "pikture") for row in rows]
@@ -262,7 +275,7 @@ class Run:
         file = self.folder / self.draw.choice(["data", "data/pairs.csv", "model.json", "loss.py"])
         away = file.with_name("renamed")
         if self.is_complete():
-            return
+            raise NothingToDo
         file.rename(away)
         try:
             self.refused(file.name)
@@ -273,7 +286,7 @@ class Run:
         """A file of somebody else lies where the run would replace a folder; then it is gone."""
         place = self.output / self.draw.choice(["export", "pictures"])
         if self.is_complete():
-            return
+            raise NothingToDo
         place.mkdir(parents=True, exist_ok=True)
         (place / "thesis.txt").write_text("years of work")
         try:
@@ -288,7 +301,7 @@ class Run:
     def export(self) -> None:
         """The model of the stopped run is exported, killed at any moment, then not."""
         if not self.has_checkpoint():
-            return
+            raise NothingToDo
         words = [sys.executable, "-c", "import sys; from accel_clip.cli import main; sys.exit(main())", "export"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         to = self.draw.choice([[], ["--to", "exported"]])
@@ -309,8 +322,9 @@ class Run:
 
     def lose_export(self) -> None:
         """The export is removed by hand, and the command given again."""
-        if (self.output / "export").exists():
-            shutil.rmtree(self.output / "export")
+        if not (self.output / "export").exists():
+            raise NothingToDo
+        shutil.rmtree(self.output / "export")
 
     def has_checkpoint(self) -> bool:
         """Return whether something of the run is saved."""
@@ -367,6 +381,14 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
         send(each, signal.SIGKILL)
     psutil.wait_procs(everyone, timeout=30)
     process.wait()
+
+
+def last_step(run: Path) -> int:
+    """Return the last step in `metrics.jsonl`, 0 before the first."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    found = re.search(rb'"step": (\d+)', lines[-1]) if lines else None
+    return 0 if found is None else int(found[1])
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
@@ -428,7 +450,8 @@ class Walk:
         num_left = 12
         while num_left and time.monotonic() < until:
             num_left = 1 if run.is_complete() and num_left > 1 else num_left - 1
-            self.happen(run, self.draw.choices(self.names, weights)[0])
+            with suppress(NothingToDo):
+                self.happen(run, self.draw.choices(self.names, weights)[0])
         self.check("the end", run, run.go_on)
         self.check("the end", run, lambda: self.compare(run))
         shutil.rmtree(run.output, ignore_errors=True)

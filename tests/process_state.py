@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from operator import attrgetter
 from pathlib import Path
@@ -62,7 +63,8 @@ def children() -> set[int]:
     """Return the processes that this one started and did not wait for, but for the one that tidies up after it."""
     found: set[int] = set()
     for task in Path("/proc/self/task").glob("*/children"):  # Linux has it; elsewhere none are seen
-        found.update(map(int, task.read_text().split()))
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found.update(map(int, task.read_text().split()))
     return found - {getattr(resource_tracker._resource_tracker, "_pid", None)}
 
 

@@ -15,7 +15,7 @@ from commands import accel_clip, launch, small_model, train_py
 from accel_clip.config import TrainConfig
 from accel_clip.environment import check_environment
 from accel_clip.faults import ConfigError
-from accel_clip.processes import build_accelerator
+from accel_clip.processes import build_accelerator, process_as_found
 
 READERS = ("getenv", "parse_flag_from_env", "parse_choice_from_env", "get_int_from_env")
 OF_MAPPINGS = ("get", "pop", "setdefault")
@@ -158,7 +158,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def facts() -> dict[str, object]:
     """Return everything about the `Accelerator` of a run that its environment could change."""
-    accelerator = build_accelerator(TrainConfig())
+    with process_as_found():
+        accelerator = build_accelerator(TrainConfig())
     state, loading = accelerator.state, vars(accelerator.dataloader_config)
     handlers = {key: value for key, value in vars(accelerator).items() if key.endswith("_handler")}
     handlers["init_handler"] = None  # its timeout is an object, new every time
@@ -209,13 +210,15 @@ def test_what_is_followed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     for name, value in FOLLOWED.items():
         monkeypatch.setenv(name, value)
-    accelerator = build_accelerator(TrainConfig())
-    describe_processes(accelerator)
+    with process_as_found():
+        accelerator = build_accelerator(TrainConfig())
+        describe_processes(accelerator)
     assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "bf16")
     said = capsys.readouterr().err
     assert "ACCELERATE_TORCH_DEVICE: training on cpu" in said
     assert "1 process(es), cpu, precision bf16" in said
-    assert build_accelerator(TrainConfig(precision="no")).mixed_precision == "no"
+    with process_as_found():
+        assert build_accelerator(TrainConfig(precision="no")).mixed_precision == "no"
     assert "ACCELERATE_MIXED_PRECISION is bf16, and train.precision no is what is done" in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import math
 import stat
@@ -26,7 +25,9 @@ Image.preinit()  # the usual formats: they are tried first
 Image.init()  # and all others that Pillow has, so that `readable_formats` knows them
 
 with contextlib.suppress(ImportError):  # HEIC, the pictures of phones: its decoder is no part of Pillow
-    importlib.import_module("pillow_heif").register_heif_opener()
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to an interpreter of programs (Ghostscript): not for pictures of others

@@ -85,7 +85,8 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) ->
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("LOGGED", str(tmp_path / "logged"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that what is imported in its place goes with the test
+    del sys.modules["wandb"]
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB, LoggerType.TENSORBOARD])
     return tmp_path / "logged"
 
