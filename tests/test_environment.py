@@ -150,16 +150,17 @@ def outcome(name: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("accel_clip.processes.torch.set_num_threads", lambda _: None)
+    with process_as_found():
+        yield
 
 
 def facts() -> dict[str, object]:
     """Return everything about the `Accelerator` of a run that its environment could change."""
-    with process_as_found():
-        accelerator = build_accelerator(TrainConfig())
+    accelerator = build_accelerator(TrainConfig())
     state, loading = accelerator.state, vars(accelerator.dataloader_config)
     handlers = {key: value for key, value in vars(accelerator).items() if key.endswith("_handler")}
     handlers["init_handler"] = None  # its timeout is an object, new every time
@@ -210,15 +211,13 @@ def test_what_is_followed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     for name, value in FOLLOWED.items():
         monkeypatch.setenv(name, value)
-    with process_as_found():
-        accelerator = build_accelerator(TrainConfig())
-        describe_processes(accelerator)
+    accelerator = build_accelerator(TrainConfig())
+    describe_processes(accelerator)
     assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "bf16")
     said = capsys.readouterr().err
     assert "ACCELERATE_TORCH_DEVICE: training on cpu" in said
     assert "1 process(es), cpu, precision bf16" in said
-    with process_as_found():
-        assert build_accelerator(TrainConfig(precision="no")).mixed_precision == "no"
+    assert build_accelerator(TrainConfig(precision="no")).mixed_precision == "no"
     assert "ACCELERATE_MIXED_PRECISION is bf16, and train.precision no is what is done" in capsys.readouterr().err
 
 
