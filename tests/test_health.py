@@ -9,8 +9,9 @@ import torch
 from comparison import rounding
 from torch.nn.functional import normalize
 
+from accel_clip.config import Config, ModelConfig, OptimConfig
 from accel_clip.evaluation.evaluator import mean_cosine
-from accel_clip.health import ChanceWatch, WaitWatch, describe_non_finite, is_finite, warn_of_collapse
+from accel_clip.health import ChanceWatch, WaitWatch, describe_non_finite, is_finite, rate_warning, warn_of_collapse
 
 
 def test_a_loss_that_stays_at_chance_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,3 +71,25 @@ def test_an_overflow_in_half_precision_is_lost_only_when_the_scale_has_no_room()
 def test_what_is_not_finite_is_named_with_its_samples() -> None:
     text = describe_non_finite(7, {"loss": math.nan, "loss/a_loss": math.inf, "grad_norm": 2.0}, list(range(20)))
     assert "step 7" in text and "loss/a_loss inf" in text and "samples 0, 1" in text and "and 4 more" in text
+
+
+WITH_WEIGHTS = ModelConfig("ViT-B-32", pretrained="laion2b_s34b_b79k")
+
+
+@pytest.mark.parametrize(
+    ("model", "optim", "key"),
+    [
+        (WITH_WEIGHTS, OptimConfig(), "optim.lr"),  # the rate of a run from scratch
+        (ModelConfig("hf-hub:org/name"), OptimConfig(lr=1e-4), "optim.lr"),
+        (ModelConfig("local-dir:export"), OptimConfig(lr=6e-5), "optim.lr"),
+        (WITH_WEIGHTS, OptimConfig(lr=1e-5, lr_by_name={"visual.*": 1e-3}), "optim.lr_by_name.visual.*"),
+        (WITH_WEIGHTS, OptimConfig(lr=1e-5, lr_by_name={"logit_scale": 1e-2}), None),
+        (WITH_WEIGHTS, OptimConfig(lr=5e-5), None),
+        (ModelConfig("tiny"), OptimConfig(), None),
+    ],
+)
+def test_a_rate_that_weights_do_not_bear_is_told_with_its_setting(
+    model: ModelConfig, optim: OptimConfig, key: str | None
+) -> None:
+    said = rate_warning(Config(model=model, optim=optim))
+    assert said is None if key is None else said is not None and said.startswith(f"{key}: ")

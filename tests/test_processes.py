@@ -176,6 +176,15 @@ def test_a_step_costs_few_collectives(tmp_path: Path, loss: str, num_gathers: in
 
 
 @pytest.mark.slow
+def test_a_machine_without_a_compiler_is_told_in_one_line_before_the_run_begins(tmp_path: Path) -> None:
+    without = {"CXX": "/not/there/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = train_py(*words_for(tmp_path, "clip", "run"), "--train.compile", "true", folder=tmp_path, **without)
+    assert done.code == 2, done.err
+    assert "train.compile: torch.compile fails here: " in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_compiled_blocks_train_the_same_model(tmp_path: Path) -> None:
     plain = train_py(*words_for(tmp_path, "clip", "plain"), *RECOMPUTED, folder=tmp_path)
     compiled = train_py(
