@@ -96,7 +96,7 @@ def own_loss() -> None:
 
 CHANGES: dict[str, Callable[[str], object]] = {
     "torch: threads": lambda _: called(torch.set_num_threads, torch.get_num_threads() + 1, torch.get_num_threads()),
-    "cuda.matmul": lambda _: changed(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "cuda.matmul": lambda _: changed(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
     "mkldnn.matmul": lambda _: changed(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
     "sums of half precision": lambda _: changed(
         torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
