@@ -196,6 +196,7 @@ def test_compiled_blocks_train_the_same_model(tmp_path: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
 
 
+@pytest.mark.slow
 def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> None:
     words = ["--output_dir", "run", *QUIET]
     done = launch(*words, folder=tmp_path, launcher=("--cpu", "--num_processes", "2"))
