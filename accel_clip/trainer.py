@@ -106,7 +106,7 @@ def train(config: Config) -> TrainResult:
     """Train a model as the settings say, or go on with the run in `output_dir`; all of `accelerate launch train.py`.
 
     Raises the errors of `accel_clip.faults`; nothing is written before everything has been found and built. A run that
-    is complete is left as it is.
+    is complete is left as it is. Threads and TF32, which are set for the whole process, are given back at the end.
     """
     check_files(config)
     folder = RunFolder(config.output_dir)
