@@ -443,6 +443,7 @@ def in_a_process(config: Config, **environment: str) -> int:
     return process.exitcode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", [False, True])
 def test_a_run_counts_the_pairs_of_each_source_exactly_over_a_kill(
     tables: Path, replacement: bool, capfd: pytest.CaptureFixture[str]

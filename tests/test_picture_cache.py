@@ -602,6 +602,7 @@ def flags_of(table: Path, output: str, room: float, *more: str) -> list[str]:
     return [word for key, value in flags.items() for word in (f"--{key}", value)] + list(more)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_cache_is_the_run_without_it_also_when_it_was_killed(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,15 +125,15 @@ def assert_same_end(config: Config, reference: Config) -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        ["step:1"],  # before the first checkpoint
-        ["step:3"],  # in the first epoch
-        ["step:4"],  # at its end
+        pytest.param(["step:1"], marks=pytest.mark.slow),  # before the first checkpoint
+        pytest.param(["step:3"], marks=pytest.mark.slow),  # in the first epoch
+        pytest.param(["step:4"], marks=pytest.mark.slow),  # at its end
         ["step:7"],  # in a later epoch
-        ["step:14"],  # after the last step
-        ["step:5", "step:6", "step:11"],  # again and again
-        ["latest:8"],  # in a checkpoint
+        pytest.param(["step:14"], marks=pytest.mark.slow),  # after the last step
+        pytest.param(["step:5", "step:6", "step:11"], marks=pytest.mark.slow),  # again and again
+        pytest.param(["latest:8"], marks=pytest.mark.slow),  # in a checkpoint
         ["rename:8"],
-        ["model:8"],
+        pytest.param(["model:8"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -147,6 +147,7 @@ def test_a_killed_run_ends_like_one_that_was_not(
     assert_same_end(config, uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_best_weights_and_early_stopping_survive(data: Path, tmp_path: Path) -> None:
     sections = {
         "stop": StopConfig(metric="val/loss", patience=3),
@@ -226,6 +227,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(data: Path, tmp_path: Pat
         train(config_for(data, tmp_path / "other", checkpoint=CheckpointConfig(resume=str(tmp_path))))
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
     data: Path, tmp_path: Path, uninterrupted: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +381,7 @@ def test_a_newer_checkpoint_of_the_runs_own_is_not_left_behind(
     assert_same_end(config, uninterrupted)
 
 
+@pytest.mark.slow
 def test_an_older_run_in_the_folder_keeps_its_points_up_to_its_checkpoint(data: Path, tmp_path: Path) -> None:
     run_until(config_for(data, tmp_path / "other"), "latest:10")
     run_until(config_for(data, tmp_path / "run"), "latest:6")
