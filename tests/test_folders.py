@@ -35,6 +35,22 @@ def captions(source: Source) -> dict[str, tuple[str, ...]]:
 # --- captions beside pictures
 
 
+ODD_NAMES = ("a\\b.png", "data:a.png", "data:a,b.png", "{'a'}.png", " a.png", "100%.png", "%41.png", "a#1.png")
+
+
+@pytest.mark.parametrize("is_of_classes", [False, True])
+def test_names_of_files_are_no_cells_of_tables(is_of_classes: bool, tmp_path: Path) -> None:
+    names = [f"{folder}/{name}" for folder in CLASSES for name in ODD_NAMES]
+    pictures(tmp_path, *names)
+    for name in [] if is_of_classes else names:
+        (tmp_path / name).with_suffix(".txt").write_text(f"text of {name}")
+    source = opened(tmp_path)
+    assert [source.key(index) for index in range(len(source))] == list(source.keys()) == sorted(names)
+    assert [source[index].image for index in range(len(source))] == [tmp_path / name for name in sorted(names)]
+    if not is_of_classes:
+        assert captions(source) == {name: (f"text of {name}",) for name in names}
+
+
 @pytest.mark.parametrize("ending", ["txt", "caption"])
 @pytest.mark.parametrize("name", ["a.{}", "a.png.{}"])
 def test_a_file_beside_a_picture_holds_its_captions(name: str, ending: str, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.columns import Columns, usual_column
+from accel_clip.data.sources.picture_files import PictureFiles
 from accel_clip.data.sources.shard_texts import CAPTION_EXTENSIONS, RECORD, SampleTexts, TextRule, text_rules
-from accel_clip.data.sources.table import TableSource
 from accel_clip.data.text_files import decodes, guess_encoding, require_text_encoding
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ FILES_TO_LOOK_AT = 500
 RECORDS_TO_LOOK_AT = 20
 
 
-class CaptionFiles(TableSource):
+class CaptionFiles(PictureFiles):
     """Pictures with files beside them, which are read when they are fetched; `endings` are columns of the table."""
 
     def __init__(

@@ -19,8 +19,9 @@ from accel_clip.data.sources.class_names import are_codes, class_name, some_of
 from accel_clip.data.sources.columns import Columns
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.sources.parquet_files import SPLITS, read_folder
+from accel_clip.data.sources.picture_files import PictureFiles
 from accel_clip.data.sources.resolve import TABLE_SUFFIXES
-from accel_clip.data.sources.table import TableSource, open_content, open_table
+from accel_clip.data.sources.table import open_content, open_table
 from accel_clip.faults import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
         if source is not None:
             return source
     require_classes(folder, names, files, options)
-    return TableSource(str(folder), pictures, Columns("image", ("label",), "label"), folder, limit)
+    return PictureFiles(str(folder), pictures, Columns("image", ("label",), "label"), folder, limit)
 
 
 def list_files(folder: Path) -> list[str]:
