@@ -141,6 +141,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.settle()
+            self.lock.sign()
             if read_mark(self.checkpoints) is None:
                 self.checkpoints.mkdir(exist_ok=True)
                 write_mark(self.checkpoints, Mark(CHECKPOINTS, {}))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from accel_clip.checkpoint.background import Writer
 from accel_clip.checkpoint.contents import Look
 from accel_clip.checkpoint.find import find_newest, find_newest_for_all, open_checkpoint
-from accel_clip.checkpoint.folders import set_aside_newer
+from accel_clip.checkpoint.folders import BEST, folder_name, point, pointed, set_aside_newer
 from accel_clip.checkpoint.manifest import Checkpoint
 from accel_clip.checkpoint.restore import load_state, restore, restore_random
 from accel_clip.checkpoint.snapshot import expected_bytes, gather_random_states, take_snapshot
@@ -23,7 +23,7 @@ from accel_clip.checkpoint.storage import check_space
 from accel_clip.config import CheckpointConfig
 from accel_clip.console import say
 from accel_clip.faults import StorageError
-from accel_clip.processes import raise_for_all
+from accel_clip.processes import known_to_all, raise_for_all
 from accel_clip.randomness import derive_seed
 
 
@@ -123,6 +123,15 @@ class Saver:
         """Return how much of the files that grow belongs to this run where it goes on; nothing of another run's."""
         own = found if found is None or self.is_own(found) else find_newest(self.folder, self.look)
         return {} if own is None else load_state(own)["file_sizes"]
+
+    def point_to_best(self, step: int) -> None:
+        """Make `BEST` name the checkpoint of a step, which a kill may have come before; collective."""
+        with known_to_all(self.accelerator):
+            if self.writer is not None and pointed(self.folder, BEST) != self.folder / folder_name(step):
+                try:
+                    point(self.folder, BEST, step)
+                except OSError as error:
+                    raise StorageError(f"{self.folder / BEST}: {error}") from error
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Put weights and optimizer back and return the rest of the state."""

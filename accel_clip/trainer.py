@@ -220,6 +220,8 @@ class Trainer:
             self.load_state(found)
             self.feed.load_state_dict(self.saved["data"])
             self.saved_step = found.step
+            if self.saver.is_own(found) and self.logbook.stopping.best_step == found.step:
+                self.saver.point_to_best(found.step)
             say(f"going on from {found.path}")
         return found
 

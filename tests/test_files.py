@@ -223,6 +223,7 @@ def test_a_replaced_file_stays_where_its_link_points(tmp_path: Path) -> None:
 def hold(folder: Path, ready: Path) -> None:
     with FolderLock(folder) as lock:
         assert lock.take()
+        lock.sign()
         ready.touch()
         time.sleep(600)
 
@@ -241,6 +242,7 @@ def test_a_lock_is_one_process_and_ends_with_it_though_its_children_live(tmp_pat
     assert not is_held(tmp_path)
     with FolderLock(tmp_path) as lock:
         assert lock.take()
+        lock.sign()
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
         child = fork.Process(target=time.sleep, args=(60,))  # a loader's worker, which outlives a killed run
         child.start()

@@ -82,11 +82,21 @@ def received(loader: DataLoader[Any], is_asked: Callable[[], bool]) -> Generator
             except RuntimeError as error:
                 if not NOTHING_YET.match(str(error)):
                     raise
+            except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the socket that a batch comes through
+                raise killed_in_the_act() from error
             else:
                 yield batch
         raise StopAsked
     finally:
         end([each for each in multiprocessing.active_children() if each not in others])
+
+
+def killed_in_the_act() -> WorkerKilled:
+    """Return the error for a worker that was gone before all of a batch had come over."""
+    return WorkerKilled(
+        "a data worker was killed while it handed over a batch: the kernel does so where memory is short (its log says "
+        "so: dmesg): lower data.workers, data.prefetch or train.batch_size"
+    )
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:

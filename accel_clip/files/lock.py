@@ -49,9 +49,13 @@ class FolderLock:
             os.close(descriptor)
             return False
         self.descriptor = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
         return True
+
+    def sign(self) -> None:
+        """Write into the lock that is held who holds it."""
+        assert self.descriptor is not None, "it was taken"
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
 
     def release(self) -> None:
         """Give the folder back; the file stays, since another process may have opened it already."""
