@@ -78,6 +78,19 @@ def test_of_two_endings_the_usual_one_is_read_and_the_other_said(tmp_path: Path,
     assert captions(opened(tmp_path, caption_key=["txt", "caption"])) == {"a.png": ("tag, tag", "a frog on a leaf")}
 
 
+def test_texts_of_no_picture_are_said(tmp_path: Path, capsys) -> None:
+    pictures(tmp_path, "a.png", "b.svg", "c.png", "deep/d.png")
+    for name in ("a.txt", "b.txt", "c.caption", "d.TXT", "deep/d.txt", "deep/d.png.txt", ".hidden.txt", "e.json"):
+        (tmp_path / name).write_text("a text")
+    assert len(opened(tmp_path)) == 3
+    why = "since no picture is called so, or it has another"
+    assert f"{tmp_path}: 3 texts are not read, {why}: b.txt, d.TXT, deep/d.txt\n" in capsys.readouterr().err
+    for name in ("b.txt", "d.TXT", "deep/d.txt"):
+        (tmp_path / name).unlink()
+    opened(tmp_path)
+    assert "not read" not in capsys.readouterr().err
+
+
 def img2dataset(folder: Path, has_txt: bool) -> Path:
     for shard in range(2):
         for number in range(2):

@@ -1,8 +1,8 @@
 """Folders and tar shards of odd files of every kind, generated at random and read beside other readers.
 
 Those are `os.walk` or `tarfile`, Pillow, and the rules as the guide has them. Always: every picture is a pair that is
-used or one that is counted with a reason, members of shards that make none are said, and what is used has the pixels
-and the captions that stand under its name.
+used or one that is counted with a reason, texts and members of shards that make none are said, and what is used has the
+pixels and the captions that stand under its name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ stems = st.one_of(
         ["data:a", "a\\b", "100%", "%41", "#1", "[1] a", "{a}", "b'a'", "<a>", "e\u0301", "a\nb", "-", "~"]
     ),
 )
-hidden_stems = st.sampled_from([".", "._a", ".a.b"])
+hidden_stems = st.sampled_from([".DS", "._a", ".a.b"])
 folders = st.sampled_from(["", "", "", "deep/er/", "x.y/", "Caf\u00e9 d'\u00e9t\u00e9/", "a.png/", "10_toy/"])
 hidden_folders = st.sampled_from([".hidden/", "deep/.er/"])
 
@@ -200,19 +200,25 @@ def walked(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def texts_beside(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def texts_beside(name: str, files: Iterable[str]) -> dict[str, str]:
     """Return the texts that are called as a picture is, its ending kept or not, by their endings in lower case."""
     found = {}
     for called in (name.rpartition(".")[0], name):  # the later, with the whole name, wins
         for other in sorted(files):
             stem, _, ending = other.rpartition(".")
             if stem == called and ending.lower() in (*TEXTS, "json"):
-                found[ending.lower()] = files[other]
+                found[ending.lower()] = other
     return found
 
 
+def num_texts_said(said: str) -> int:
+    """Return how many texts are said to be those of no picture."""
+    found = re.search(r": (\d+) texts are not read, since ", said)
+    return int(found[1]) if found else 0
+
+
 @quick_and_slow(25, 800)
-def test_folders(num_examples: int, tmp_path: Path) -> None:
+def test_folders(num_examples: int, tmp_path: Path, capsys) -> None:
     numbered = itertools.count()
     write_folder(tmp_path / "all", [File("", f"{number}.", "png", each) for number, each in enumerate(WHOLE)])
     write_folder(tmp_path / "all", [File("", f"{number}.", "txt", b"a") for number in range(NUM_PICTURES)])
@@ -223,11 +229,17 @@ def test_folders(num_examples: int, tmp_path: Path) -> None:
         write_folder(folder, files)
         found = walked(folder)
         names = sorted(name for name in found if PurePosixPath(name).suffix.lower().removeprefix(".") in PICTURES)
+        beside = [texts_beside(name, found) for name in names]
+        capsys.readouterr()
         source = open_source(str(folder), DataConfig())
+        said = capsys.readouterr().err
         assert isinstance(source, CaptionFiles)
         keys = [source.key(index) for index in range(len(source))]
         assert keys == names == list(source.keys())
-        assert outcomes(source) == [pair_of(found[name], texts_beside(name, found)) for name in names]
+        texts = [{ending: found[each] for ending, each in names_of.items()} for names_of in beside]
+        assert outcomes(source) == [pair_of(found[name], each) for name, each in zip(names, texts, strict=True)]
+        all_texts = {name for name in found if name.rpartition(".")[2].lower() in TEXTS}
+        assert num_texts_said(said) == len(all_texts.difference(*(each.values() for each in beside)))
         assert [source.identity(index) for index in range(len(source))] == [f"{folder}/{name}" for name in names]
         assert num_shown_in_training(source, held_out) == len({found[name] for name in names} & set(WHOLE))
         return True
