@@ -232,10 +232,10 @@ signals.SECONDS_TO_HEAR = 1.0
 
 
 def command():
-    sys.stdout.write("starting\\n")
-    sys.stdout.flush()
     for _ in range({num_deaf}):
         try:
+            sys.stdout.write("starting\\n")
+            sys.stdout.flush()
             time.sleep(60)
         except BaseException:
             pass  # as libraries do that try again
