@@ -75,7 +75,7 @@ def settings_of(folder: RunFolder, otherwise: Config) -> Config:
 
     otherwise: what they are taken to be where no checkpoint says.
     """
-    if folder.has_own_config() or folder.config.stat().st_size:
+    if folder.config.stat().st_size:
         return load_config(folder.config)
     for checkpoint in newest_first(folder.checkpoints):
         with suppress(OSError, WrongContent, ConfigError):

@@ -69,7 +69,6 @@ LAUNCHERS = {
     ),
 }
 SECONDS_TO_END = 240
-KILLED = -int(signal.SIGKILL)
 
 
 class WrongEnd(Exception):

@@ -174,7 +174,7 @@ def remove_condemned(folder: Path) -> None:
     for leaf in leaves_of(folder):
         if mark is None or (listed is not None and name_in(folder, leaf) not in listed):
             continue
-        leaf.rmdir() if leaf.is_dir() and not leaf.is_symlink() else leaf.unlink()
+        leaf.unlink() if is_file(leaf) else leaf.rmdir()
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.name in OF_THE_SYSTEM:
             path.unlink()
