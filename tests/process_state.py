@@ -38,13 +38,14 @@ REGISTRIES = {
 }
 CUDNN = attrgetter("enabled", "benchmark", "benchmark_limit", "deterministic", "allow_tf32")
 COME_WITH_MODULES = ("sys: levels of logging", "accel_clip.registry: names")  # new keys of these
+SET_BY_IMPORTS = ("PYTEST_CURRENT_TEST", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR")  # open_clip's and torch's
 SET_BY_TIMM = "recompile_limit"  # as one of its optimizers is imported
 
 Readers = dict[str, Callable[[Any], object]]
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name not in SET_BY_IMPORTS}
 
 
 def handlers() -> dict[signal.Signals, object]:

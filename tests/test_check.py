@@ -461,6 +461,7 @@ def test_a_step_that_is_too_long_to_try_is_computed_from_smaller_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_plugins")
 def test_the_slower_of_loader_and_step_is_named(tmp_path: Path, check: Checker) -> None:
     (tmp_path / "slow_parts.py").write_text(PLUGIN)
     words = ("--plugins", "slow_parts.py", "--data.workers", "1", "--train.threads", "1", "--seconds", "3")

@@ -290,7 +290,7 @@ def test_updates_are_those_of_the_settings_on_the_command_line(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there it is refused too, after more is built")
 def test_a_launcher_that_shards_is_refused_on_a_cpu(tmp_path: Path) -> None:
-    launcher = ("--use_fsdp", "--num_processes", "2", "--main_process_port", "0", "--multi_gpu")
+    launcher = ("--use_fsdp", "--num_processes", "2", "--main_process_port", "0")
     done = launch("--output_dir", "run", folder=tmp_path, launcher=launcher)
     assert done.code != 0 and "FSDP is not supported" in done.err and not (tmp_path / "run").exists()
     assert done.err.count("accel-clip: error:") == 1

@@ -233,7 +233,8 @@ def test_an_optimizer_honours_rates_and_decay(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", timm.optim.list_optimizers(exclude_filters=[*ELSEWHERE, *SECOND_ORDER]))
 def test_every_optimizer_of_timm_honours_rates_and_decay(name):
-    check_steps(name, tolerance=1e-3 if name.startswith("madgrad") else 0)  # madgrad adds 1e-6 to every rate
+    with torch.compiler.set_stance("force_eager"):  # kron would compile for a minute
+        check_steps(name, tolerance=1e-3 if name.startswith("madgrad") else 0)  # madgrad adds 1e-6 to every rate
 
 
 def test_rates_survive_preparing_saving_and_loading():

@@ -22,7 +22,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -215,8 +215,8 @@ def test_delimited_tables(num_examples: int, tmp_path: Path) -> None:
             order = slice(None, None, 1 if is_image_first else -1)
             table.writerow(["image", "caption"][order])
             table.writerows([row.image.written, row.caption.written][order] for row in rows)
-        with path.open(encoding=encoding, newline="") as file:
-            assert len(list(csv.reader(file, delimiter=separator))) == len(rows) + 1
+        with path.open(encoding=encoding, newline="") as file:  # its writer leaves a lone carriage return unquoted
+            assume(len(list(csv.reader(file, delimiter=separator))) == len(rows) + 1)
         return assert_as_written(path, rows, encoding="utf-8", quoting="standard")
 
     check(st.tuples(text_rows, dialects), num_examples, try_one)
