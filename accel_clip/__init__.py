@@ -32,7 +32,7 @@ HOMES = {
     "OPTIMIZERS": "optim.optimizers",
     "SCHEDULES": "optim.schedules",
     "SOURCES": "data.sources.base",
-    "evaluate": "evaluation.command",
+    "evaluate": "commands.evaluate",
     "train": "trainer",
 }  # the rest is in config
 
@@ -45,6 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from accel_clip.commands.evaluate import evaluate
     from accel_clip.config import (
         CheckpointConfig,
         Config,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from accel_clip.data.sources.base import SOURCES
-    from accel_clip.evaluation.command import evaluate
     from accel_clip.losses.base import LOSSES
     from accel_clip.optim.optimizers import OPTIMIZERS
     from accel_clip.optim.schedules import SCHEDULES

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from accel_clip import console
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest, recognised
+from accel_clip.process.signals import Interruptible, following_launcher, leave_if_waited_for
+from accel_clip.process.terminal import lasting_output
 from accel_clip.redaction import masked, printable
-from accel_clip.signals import Interruptible, following_launcher, leave_if_waited_for
-from accel_clip.terminal import lasting_output
 from accel_clip.typed import Range
 from accel_clip.typed import shown as shown_value
 
@@ -101,11 +101,11 @@ def train_command(arguments: list[str], program: str) -> None:
     from accel_clip.command_line import parse_config
 
     config = parse_config(arguments, program, TRAIN_HELP)
-    from accel_clip.check import check_files
+    from accel_clip.run.preconditions import check_files
 
     check_files(config)
-    from accel_clip.resume import is_finished
-    from accel_clip.run_folder import RunFolder
+    from accel_clip.run.folder import RunFolder
+    from accel_clip.run.resume import is_finished
 
     folder = RunFolder(config.output_dir)
     if is_finished(config):
@@ -136,10 +136,10 @@ def check_command(arguments: list[str]) -> None:
             raise ConfigError(f"accel-clip check: --{name} {shown_value(getattr(options, name))}: {limits.words}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("accel-clip check runs in one process: say how many will train by --processes")
-    from accel_clip.preflight.command import Asked, check
-    from accel_clip.preflight.layout import lines_of
+    from accel_clip.commands.check.command import CheckOptions, check
+    from accel_clip.commands.check.layout import lines_of
 
-    asked = Asked(options.samples, options.seconds, options.processes, options.show)
+    asked = CheckOptions(options.samples, options.seconds, options.processes, options.show)
     report = check(settings, CHECK_HELP, asked)
     console.result(json.dumps(report.to_dict()) if options.json else shown("\n".join(lines_of(report))))
     if report.exit_code:
@@ -160,10 +160,10 @@ def eval_command(arguments: list[str]) -> None:
     config = parse_config([word for word in arguments if word != "--json"], "accel-clip eval", EVAL_HELP)
     if config.data.val is None and config.eval.zero_shot is None:
         raise ConfigError("data.val: name the held-out pairs to evaluate on, or labelled pictures as eval.zero_shot")
-    from accel_clip.environment import check_environment
+    from accel_clip.process.environment import check_environment
 
     check_environment(os.environ, config.train)
-    from accel_clip.evaluation.command import evaluate
+    from accel_clip.commands.evaluate import evaluate
 
     metrics = evaluate(config)
     console.result(json.dumps(metrics) if as_json else "\n".join(f"{key:40} {metrics[key]:.4f}" for key in metrics))
@@ -176,7 +176,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, help="folder to write; default: RUN/export")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload it to the Hugging Face hub")
     options = parser.parse_args(arguments)
-    from accel_clip.export import export_run, push_to_hub
+    from accel_clip.commands.export import export_run, push_to_hub
 
     folder = export_run(options.run, options.to)
     console.result(f"local-dir:{folder}")
@@ -190,7 +190,7 @@ def list_command(arguments: list[str]) -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--plugins", nargs="*", default=[], help="Python files that register your own")
     options = parser.parse_args(arguments)
-    from accel_clip.listing import entries
+    from accel_clip.commands.listing import entries
 
     rows = entries(options.kind, options.plugins)
     width = max(len(name) for name, _ in rows)
@@ -203,7 +203,7 @@ def plot_command(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--to", type=Path, help="folder to write; default: RUN/plots")
     options = parser.parse_args(arguments)
-    from accel_clip.plots import plot_run
+    from accel_clip.commands.plots import plot_run
 
     for picture in plot_run(options.run, options.to or options.run / "plots"):
         console.result(str(picture))

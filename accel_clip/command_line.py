@@ -18,9 +18,9 @@ from accel_clip.config import Config
 from accel_clip.faults import ConfigError, StorageError, nearest
 from accel_clip.files.whole import write_text
 from accel_clip.redaction import texts_in
-from accel_clip.run_folder import CONFIG_MARK
 from accel_clip.typed import LARGEST_WHOLE, MOST_DEPTH, WrongValue, numbers_in, range_of
 
+CONFIG_MARK = "# Written by accel_clip: the settings of the run in this folder, replaced at every start.\n"
 HELP = ("-h", "--help")
 MOST_BYTES = 1 << 18  # of a --config file, whose settings fill a few thousand; the reader needs seconds for more
 MOST_SHOWN = 400  # characters of a value in a message

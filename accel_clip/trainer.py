@@ -14,26 +14,25 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from accel_clip.assembly import assemble
-from accel_clip.check import check_files, check_names
 from accel_clip.checkpoint.contents import check_run
 from accel_clip.checkpoint.find import find_best
 from accel_clip.checkpoint.manifest import Checkpoint
+from accel_clip.checkpoint.run_state import RunState
+from accel_clip.checkpoint.saver import Saver
 from accel_clip.command_line import save_config
 from accel_clip.config import Config, TrainConfig
 from accel_clip.console import is_first_process, say
 from accel_clip.data.batch import Batch
+from accel_clip.data.caches.feature_encoding import FrozenTower, open_features
+from accel_clip.data.caches.features import FeatureCache
+from accel_clip.data.caches.picture_building import open_pictures
+from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import preparation_for
-from accel_clip.data.feature_cache import FeatureCache
-from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.feed import build_feed
-from accel_clip.data.feed_parts import Seat
+from accel_clip.data.feed_parts import LoaderRank
 from accel_clip.data.pairs import open_training
-from accel_clip.data.picture_building import open_pictures
-from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.evaluation.evaluator import Evaluator
-from accel_clip.export import Exported, exported_model, model_in, read_metrics, write_export
 from accel_clip.faults import (
     INTERRUPTED_EXIT_CODE,
     NonFiniteError,
@@ -44,23 +43,13 @@ from accel_clip.faults import (
     recognised,
 )
 from accel_clip.faults import describe as describe_error
-from accel_clip.health import (
-    WAYS_OUT,
-    describe_non_finite,
-    gathered_samples,
-    is_finite,
-    rate_warning,
-    warn_of_collapse,
-)
-from accel_clip.inputs import Inputs
-from accel_clip.logbook import Logbook
 from accel_clip.losses.base import build_loss, total
+from accel_clip.models.export import ExportedModel, exported_model, model_in, read_metrics, write_export
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import clamp_logit_scale, share_running_statistics
 from accel_clip.optim.optimizers import set_learning_rate
 from accel_clip.optim.schedules import build_schedule
-from accel_clip.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
-from accel_clip.processes import (
+from accel_clip.process.accelerator import (
     build_accelerator,
     choose_workers,
     describe_processes,
@@ -68,21 +57,32 @@ from accel_clip.processes import (
     own_command,
     process_as_found,
 )
+from accel_clip.process.signals import StopAsked, StopSignals
+from accel_clip.process.terminal import lasting_output
+from accel_clip.process.waiting import Lookout
+from accel_clip.process.watchdog import Watchdog
 from accel_clip.randomness import derive_seed
-from accel_clip.rebuilding import build_for_run
-from accel_clip.resume import is_finished, say_changes
-from accel_clip.run_folder import RunFolder
-from accel_clip.run_state import RunState
-from accel_clip.saving import Saver
-from accel_clip.signals import StopAsked, StopSignals
-from accel_clip.step import ContrastiveStep
-from accel_clip.stopping import check_metric
-from accel_clip.terminal import lasting_output
-from accel_clip.timetable import Timetable
-from accel_clip.tracking import TRAINING_METRICS, quiet_writer
+from accel_clip.run.folder import RunFolder
+from accel_clip.run.health import (
+    WAYS_OUT,
+    describe_non_finite,
+    gathered_samples,
+    is_finite,
+    rate_warning,
+    warn_of_collapse,
+)
+from accel_clip.run.inputs import Inputs
+from accel_clip.run.logbook import Logbook
+from accel_clip.run.preconditions import check_files, check_names
+from accel_clip.run.rebuilding import build_for_run
+from accel_clip.run.resume import is_finished, say_changes
+from accel_clip.run.stopping import check_metric
+from accel_clip.run.timetable import Timetable
+from accel_clip.run.tracking import TRAINING_METRICS, quiet_writer
+from accel_clip.step.assembly import assemble
+from accel_clip.step.contrastive import ContrastiveStep
+from accel_clip.step.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
 from accel_clip.typed import fit
-from accel_clip.waiting import Lookout
-from accel_clip.watchdog import Watchdog
 
 SECONDS_FOR_A_SERVER = 600.0
 
@@ -385,7 +385,7 @@ class Trainer:
         """Return this process's part of the contrastive batches that are left."""
         accelerator = self.accelerator
         on_cuda = accelerator.device.type == "cuda"
-        seat = Seat(accelerator.process_index, accelerator.num_processes, self.num_workers, on_cuda)
+        seat = LoaderRank(accelerator.process_index, accelerator.num_processes, self.num_workers, on_cuda)
         preparation = preparation_for(self.model, self.config, self.features, self.pictures)
         batches = self.feed.open(self.timetable.batches_left(self.state), seat, preparation)
         return self.opened.enter_context(closing(batches))
@@ -546,7 +546,7 @@ class Trainer:
         self.accelerator.end_training()
         return TrainResult(dict(exported.metrics), self.state.step, self.folder.export)
 
-    def chosen(self) -> Exported:
+    def chosen(self) -> ExportedModel:
         """Return the weights to export and what was measured of them: the best ones, or the last."""
         best = find_best(self.folder.checkpoints, check_run) if self.config.stop.metric is not None else None
         if best is None or self.state.best_metrics is None:

@@ -49,6 +49,10 @@ class Range:
         )
 
 
+Count = Annotated[int, Range(0, 10**18)]
+"""A whole number from 0 on that fits in 64 bits."""
+
+
 def written(number: float) -> str:
     """Return a number as a message shows it."""
     return f"{int(number):,}" if number == int(number) and abs(number) <= LARGEST_WHOLE else f"{number:g}"

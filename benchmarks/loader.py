@@ -33,12 +33,12 @@ from PIL import Image
 from timing import Timing, describe_machine
 
 from accel_clip.config import DataConfig
+from accel_clip.data.caches.items import DifferentPictures, Plan
+from accel_clip.data.caches.picture_building import build
+from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
-from accel_clip.data.once import DifferentPictures, Plan
 from accel_clip.data.order import Order
-from accel_clip.data.picture_building import build
-from accel_clip.data.picture_cache import PictureCache
 from accel_clip.data.sources.resolve import open_source
 
 SIZES = ("640x480", "1600x1200")

@@ -34,8 +34,8 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel, clamp_logit_scale, keep_buffers_local
 from accel_clip.optim.optimizers import build_optimizer
-from accel_clip.plan import Workplace, choose_plan
-from accel_clip.step import ContrastiveStep
+from accel_clip.step.contrastive import ContrastiveStep
+from accel_clip.step.plan import ModelTrial, choose_plan
 
 WORDS = ("a", "of", "the", "in", "on", "two", "red", "old", "small", "bird", "house", "tree", "flag", "boat", "clock")
 LARGEST_NORM = 1.0
@@ -108,7 +108,7 @@ class Ours:
             micro_batch_size=scenario.micro_batch_size,
             activation_gib=scenario.activation_gib,
         )
-        plan = choose_plan(Workplace(self.accelerator, self.wrapped, model, anatomy), config)
+        plan = choose_plan(ModelTrial(self.accelerator, self.wrapped, model, anatomy), config)
         loss = build_loss(LossConfig(scenario.loss))
         self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, loss, anatomy, plan)
         self.knows_features = scenario.knows_features

@@ -30,11 +30,11 @@ from accel_clip.data.captions import LARGEST_CAPTION_BYTES, choose_caption
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
-from accel_clip.data.sources import shard_reader
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.resolve import open_source
+from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.faults import DataError
-from accel_clip.processes import forget_previous_accelerator
+from accel_clip.process.accelerator import forget_previous_accelerator
 
 CONTEXT, SIZE = 77, 32
 MAX_PIXELS = 50e6

@@ -16,11 +16,11 @@ from PIL import Image
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import LONGEST_DETAIL, BadSample, UnusableSample
-from accel_clip.data.sources.cells import captions_in
 from accel_clip.data.sources.class_names import class_name, is_word
-from accel_clip.data.sources.picture_cells import picture_in_value
 from accel_clip.data.sources.resolve import open_source
-from accel_clip.data.sources.table import TableSource
+from accel_clip.data.sources.tables.cells import captions_in
+from accel_clip.data.sources.tables.picture_cells import picture_in_value
+from accel_clip.data.sources.tables.table import TableSource
 from accel_clip.faults import LONGEST_MESSAGE, ConfigError, DataError
 
 TEXTS = ["a frog", 'it\'s "one"', "two\nlines", "青蛙", "a, b", "back\\slash"]

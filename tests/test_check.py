@@ -29,7 +29,7 @@ from accel_clip import cli
 from accel_clip.config import Config, DataConfig, ModelConfig, TrainConfig
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.feed import build_feed
-from accel_clip.data.feed_parts import Seat
+from accel_clip.data.feed_parts import LoaderRank
 from accel_clip.data.pairs import open_training
 from accel_clip.models.build import build_model
 
@@ -359,7 +359,7 @@ def batch_of_training(config: Config) -> dict[int, numpy.ndarray]:
     """Return the pictures of the first batch that training gets with these settings, by the number of their pair."""
     preparation = preparation_for(build_model(config.model), config)
     feed = build_feed(open_training(config.data), config, num_processes=1)
-    with closing(feed.open(range(1), Seat(0, 1, 0, pin_memory=False), preparation)) as batches:
+    with closing(feed.open(range(1), LoaderRank(0, 1, 0, pin_memory=False), preparation)) as batches:
         batch = next(batches)
     return {
         int(sample): image.permute(1, 2, 0).numpy() for sample, image in zip(batch.sample, batch.image, strict=True)
@@ -451,7 +451,7 @@ def test_the_starting_loss_of_siglip_is_that_of_unrelated_features(check: Checke
 
 
 def test_a_step_that_is_too_long_to_try_is_computed_from_smaller_ones() -> None:
-    from accel_clip.preflight.speed import extrapolated
+    from accel_clip.commands.check.speed import extrapolated
 
     fixed, per_pair = 0.8, 0.1  # seconds
     times = {pairs: fixed + per_pair * pairs for pairs in (2, 8, 32)}

@@ -12,7 +12,6 @@ from comparison import assert_equal_to_rounding, in_float64
 from open_clip.loss import CoCaLoss
 from torch import Tensor
 
-from accel_clip.chunks import Plan
 from accel_clip.config import LossConfig, ModelConfig
 from accel_clip.data.batch import Batch
 from accel_clip.faults import ConfigError
@@ -21,7 +20,8 @@ from accel_clip.models.anatomy import examine
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze_unused
 from accel_clip.models.training_model import TrainingModel
-from accel_clip.step import ContrastiveStep
+from accel_clip.step.chunks import Plan
+from accel_clip.step.contrastive import ContrastiveStep
 
 CAPTIONS = ["a frog", "a very long caption of a red bird on a branch", "two cats", "a frog", "one white peahen"]
 COCA = {

@@ -20,9 +20,9 @@ import torch
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 from torchvision.transforms import RandomResizedCrop
 
-from accel_clip.data.augmentation import cut, pixels_of, random_box, resized, smallest_box, training_scale
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.decode import ScaleFor, decode_picture, decode_small
+from accel_clip.data.pictures.augmentation import cut, pixels_of, random_box, resized, smallest_box, training_scale
+from accel_clip.data.pictures.decode import ScaleFor, decode_picture, decode_small
 
 MAX_PIXELS = 1e6
 ORIENTATION = 0x0112

@@ -22,7 +22,6 @@ from pyarrow import parquet
 from torch import Tensor
 from torch.nn import functional
 
-from accel_clip.chunks import Plan
 from accel_clip.config import DataConfig, LossConfig, ModelConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.batch import Batch
@@ -40,7 +39,8 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze_unused
 from accel_clip.models.teacher import build_teacher
 from accel_clip.models.training_model import TrainingModel
-from accel_clip.step import ContrastiveStep
+from accel_clip.step.chunks import Plan
+from accel_clip.step.contrastive import ContrastiveStep
 
 CAPTIONS = ["a frog", "two cats on a mat", "a frog", "一只青蛙", "one white peahen on wet grass", "A Bird!"]
 CPU = torch.device("cpu")

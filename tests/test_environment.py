@@ -13,9 +13,9 @@ import torch
 from commands import accel_clip, launch, small_model, train_py
 
 from accel_clip.config import TrainConfig
-from accel_clip.environment import check_environment
 from accel_clip.faults import ConfigError
-from accel_clip.processes import build_accelerator, process_as_found
+from accel_clip.process.accelerator import build_accelerator, process_as_found
+from accel_clip.process.environment import check_environment
 
 READERS = ("getenv", "parse_flag_from_env", "parse_choice_from_env", "get_int_from_env")
 OF_MAPPINGS = ("get", "pop", "setdefault")
@@ -153,7 +153,7 @@ def outcome(name: str) -> str:
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("accel_clip.processes.torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("accel_clip.process.accelerator.torch.set_num_threads", lambda _: None)
     with process_as_found():
         yield
 
@@ -207,7 +207,7 @@ def test_every_other_variable_changes_nothing(name: str, monkeypatch: pytest.Mon
 
 
 def test_what_is_followed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from accel_clip.processes import describe_processes
+    from accel_clip.process.accelerator import describe_processes
 
     for name, value in FOLLOWED.items():
         monkeypatch.setenv(name, value)
@@ -267,7 +267,7 @@ def test_variables_that_ask_for_what_is_done_are_no_reason_to_stop(variables: di
 
 
 def test_a_built_accelerator_that_differs_is_refused() -> None:
-    from accel_clip.processes import require_as_asked
+    from accel_clip.process.accelerator import require_as_asked
 
     accelerator = build_accelerator(TrainConfig())
     require_as_asked(accelerator, "no", 1)

@@ -32,7 +32,7 @@ from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Pair
 from accel_clip.evaluation.encode import encode_captions, encode_pictures
 from accel_clip.evaluation.evaluator import Evaluator
-from accel_clip.evaluation.examples import GREEN, GREY, GridRow, retrieval_grid
+from accel_clip.evaluation.picture_grid import GREEN, GREY, GridRow, retrieval_grid
 from accel_clip.evaluation.retrieval import nearest_examples, ranks, retrieval_metrics
 from accel_clip.evaluation.validation import fixed_order, read_held_out
 from accel_clip.evaluation.zero_shot import accuracy, class_features, read_labelled
@@ -40,9 +40,9 @@ from accel_clip.faults import DataError
 from accel_clip.losses import clip, siglip  # noqa: F401 - registers the losses
 from accel_clip.losses.base import Loss, build_loss
 from accel_clip.models.build import ClipModel
-from accel_clip.processes import forget_previous_accelerator
-from accel_clip.signals import StopAsked
-from accel_clip.waiting import Lookout
+from accel_clip.process.accelerator import forget_previous_accelerator
+from accel_clip.process.signals import StopAsked
+from accel_clip.process.waiting import Lookout
 
 NAME = "evaluation-tiny"
 TINY = {

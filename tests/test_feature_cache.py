@@ -20,16 +20,17 @@ from PIL import Image
 
 from accel_clip import Config, train
 from accel_clip.config import DataConfig, LossConfig, ModelConfig, TrainConfig
-from accel_clip.data import examples, feature_encoding
-from accel_clip.data.augmentation import evaluation_pixels
+from accel_clip.data import examples
 from accel_clip.data.batch import Batch
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.caches import feature_encoding
+from accel_clip.data.caches.feature_encoding import FrozenTower, open_features
+from accel_clip.data.caches.features import FeatureCache, FeatureWriter
 from accel_clip.data.examples import Preparation
-from accel_clip.data.feature_cache import FeatureCache, FeatureWriter
-from accel_clip.data.feature_encoding import FrozenTower, open_features
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_training
+from accel_clip.data.pictures.augmentation import evaluation_pixels
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.marked import settle
@@ -37,8 +38,8 @@ from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
-from accel_clip.signals import StopAsked
-from accel_clip.waiting import Lookout
+from accel_clip.process.signals import StopAsked
+from accel_clip.process.waiting import Lookout
 
 NUM_PICTURES, NUM_PAIRS, BROKEN = 18, 21, 5
 DATA = DataConfig(caption_key=["caption", "title"], val_fraction=0, augmentation="none", workers=0)

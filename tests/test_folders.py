@@ -10,7 +10,7 @@ import pytest
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.folder import is_of_format
+from accel_clip.data.sources.folders.folder import is_of_format
 from accel_clip.data.sources.resolve import open_labelled, open_source
 from accel_clip.faults import ConfigError, DataError
 

@@ -16,8 +16,8 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
-from accel_clip.data.sources.member_names import stem_and_ending, words_of_endings
 from accel_clip.data.sources.resolve import open_item
+from accel_clip.data.sources.shards.member_names import stem_and_ending, words_of_endings
 from accel_clip.faults import ConfigError, DataError
 
 Members = dict[str, bytes]

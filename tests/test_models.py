@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from accel_clip.config import LossConfig, ModelConfig
-from accel_clip.export import exported_model, write_export
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import build_loss
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import TrainingModel, clamp_logit_scale
 

@@ -23,24 +23,25 @@ from PIL import Image
 from accel_clip import Config, train
 from accel_clip.command_line import parse_config
 from accel_clip.config import DataConfig, ModelConfig, TrainConfig
-from accel_clip.data import examples, picture_building
+from accel_clip.data import examples
 from accel_clip.data.batch import Batch
-from accel_clip.data.cache_folder import CacheWriter
-from accel_clip.data.decode import decode_small
+from accel_clip.data.caches import picture_building
+from accel_clip.data.caches.folder import CacheWriter
+from accel_clip.data.caches.picture_building import GIB, open_pictures
+from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_training
-from accel_clip.data.picture_building import GIB, open_pictures
-from accel_clip.data.picture_cache import PictureCache
+from accel_clip.data.pictures.decode import decode_small
 from accel_clip.data.sources.base import SOURCES, Pair, Source
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.files.marked import settle
 from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.process.signals import StopAsked
+from accel_clip.process.waiting import Lookout
 from accel_clip.registry import Entry
-from accel_clip.signals import StopAsked
-from accel_clip.waiting import Lookout
 
 NUM_REPEATED = 3
 PROGRAM_ARGUMENTS = ("train.py", "")

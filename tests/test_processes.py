@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from accel_clip.config import ModelConfig
 from accel_clip.models.build import build_model
-from accel_clip.processes import choose_precision
+from accel_clip.process.accelerator import choose_precision
 from accel_clip.randomness import derive_seed
 
 PLUGIN = '''
@@ -232,12 +232,12 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monke
 
     from accel_clip.config import TrainConfig
     from accel_clip.faults import ConfigError
-    from accel_clip.processes import build_accelerator, process_as_found
+    from accel_clip.process.accelerator import build_accelerator, process_as_found
 
     class Alone(accelerate.Accelerator):
         num_processes = 1
 
-    monkeypatch.setattr("accel_clip.processes.Accelerator", lambda **_: object.__new__(Alone))
+    monkeypatch.setattr("accel_clip.process.accelerator.Accelerator", lambda **_: object.__new__(Alone))
     place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {"WORLD_SIZE": "2", **place}.items():
         monkeypatch.setenv(name, value)

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from test_processes import small_coca
 
 from accel_clip.config import Config, ModelConfig
-from accel_clip.export import exported_model, write_export
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.tower_files import placed
-from accel_clip.rebuilding import build_for_run, prove_export
+from accel_clip.run.rebuilding import build_for_run, prove_export
 
 LOADED = """
 import sys, json, torch, open_clip

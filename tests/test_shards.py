@@ -22,11 +22,13 @@ from torch.utils.data import DataLoader
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources import shard_reader, tar_index
+from accel_clip.data.sources.base import SourceOptions
 from accel_clip.data.sources.combine import Concatenated
-from accel_clip.data.sources.resolve import SourceOptions, locate, open_labelled, open_source, open_sources
-from accel_clip.data.sources.shard_names import expand_braces, find_addresses
-from accel_clip.data.sources.shards import open_shards
+from accel_clip.data.sources.resolve import locate, open_labelled, open_source, open_sources
+from accel_clip.data.sources.shards import reader as shard_reader
+from accel_clip.data.sources.shards import tar_index
+from accel_clip.data.sources.shards.local import open_shards
+from accel_clip.data.sources.shards.names import expand_braces, find_addresses
 from accel_clip.faults import ConfigError, DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -26,13 +26,13 @@ from web import served
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import REASONS, UnusableSample
-from accel_clip.data.decode import decode_picture
 from accel_clip.data.overlap import num_shown_in_training
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Pair, Source
-from accel_clip.data.sources.caption_files import CaptionFiles
-from accel_clip.data.sources.remote_shards import RemoteShards
+from accel_clip.data.sources.folders.caption_files import CaptionFiles
 from accel_clip.data.sources.resolve import open_item, open_source
-from accel_clip.data.sources.shards import TarShards
+from accel_clip.data.sources.shards.local import TarShards
+from accel_clip.data.sources.shards.remote import RemoteShards
 
 Outcome = tuple[bytes, tuple[str, ...]] | None
 """pixels and captions; None for what is counted"""

@@ -21,12 +21,14 @@ from PIL import Image
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.decode import decode_picture
-from accel_clip.data.sources import resolve, table, table_files
+from accel_clip.data.pictures.decode import decode_picture
+from accel_clip.data.sources import resolve
 from accel_clip.data.sources.base import SOURCES, Pair, Stream
 from accel_clip.data.sources.combine import Concatenated, Subset, origin, split_held_out
 from accel_clip.data.sources.resolve import locate, open_item, open_labelled, open_source, open_sources
-from accel_clip.data.text_files import read_text
+from accel_clip.data.sources.tables import files as table_files
+from accel_clip.data.sources.tables import table
+from accel_clip.data.sources.text_files import read_text
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.randomness import fraction_of
 

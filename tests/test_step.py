@@ -14,8 +14,6 @@ from commands import small_model
 from comparison import assert_equal_to_rounding, in_float64
 from torch import Tensor
 
-from accel_clip.chunks import Plan as SidedPlan
-from accel_clip.chunks import cut_batch
 from accel_clip.config import LossConfig, ModelConfig, TrainConfig
 from accel_clip.data.batch import Batch
 from accel_clip.faults import ConfigError
@@ -25,8 +23,10 @@ from accel_clip.models.blocks import recompute_activations
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
-from accel_clip.plan import Workplace, choose_plan, graph_bytes
-from accel_clip.step import ContrastiveStep
+from accel_clip.step.chunks import Plan as SidedPlan
+from accel_clip.step.chunks import cut_batch
+from accel_clip.step.contrastive import ContrastiveStep
+from accel_clip.step.plan import ModelTrial, choose_plan, graph_bytes
 
 NUM_PAIRS = 13
 
@@ -235,9 +235,9 @@ def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
-def workplace(model: ClipModel) -> tuple[Workplace, Anatomy]:
+def workplace(model: ClipModel) -> tuple[ModelTrial, Anatomy]:
     anatomy = examine(model.clip, model.tokenizer)
-    return Workplace(Accelerator(cpu=True), TrainingModel(model), model, anatomy), anatomy
+    return ModelTrial(Accelerator(cpu=True), TrainingModel(model), model, anatomy), anatomy
 
 
 def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
@@ -259,12 +259,12 @@ def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, _ = workplace(make_model(tmp_path))
     both = sum(graph_bytes(place, 16).values())
-    monkeypatch.setattr("accel_clip.plan.STATE_BYTES", 0)
-    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: int(both * 2 / 3))
+    monkeypatch.setattr("accel_clip.step.plan.STATE_BYTES", 0)
+    monkeypatch.setattr("accel_clip.step.plan.free_bytes", lambda device: int(both * 2 / 3))
     assert choose_plan(place, TrainConfig(batch_size=16)).micro_batch_size == 4
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 16 rows do not fit"):
         choose_plan(place, TrainConfig(batch_size=16, micro_batch_size=16))
-    monkeypatch.setattr("accel_clip.plan.free_bytes", lambda device: 1)
+    monkeypatch.setattr("accel_clip.step.plan.free_bytes", lambda device: 1)
     with pytest.raises(ConfigError, match="not even one row"):
         choose_plan(place, TrainConfig(batch_size=16))
 

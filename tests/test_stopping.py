@@ -8,7 +8,7 @@ import math
 import pytest
 
 from accel_clip.faults import ConfigError
-from accel_clip.stopping import EarlyStopping, Verdict, check_metric
+from accel_clip.run.stopping import EarlyStopping, Verdict, check_metric
 
 
 def verdicts(stopping: EarlyStopping, values: list[float]) -> list[tuple[bool, bool]]:

@@ -17,7 +17,7 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableData, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
-from accel_clip.data.lanes import Lane, Mark, choose_num_lanes
+from accel_clip.data.lanes import Lane, LanePosition, choose_num_lanes
 from accel_clip.data.sources.base import Pair, Stream, Streamed
 from accel_clip.data.stream_loader import Lanes, StreamParts, iterate_stream
 from accel_clip.faults import ConfigError, DataError
@@ -60,7 +60,7 @@ def tokens(captions: list[str]) -> Tensor:
     return torch.tensor([[*(int(word) for word in caption.split()), 0, 0] for caption in captions])
 
 
-def keys_of(lane: Lane, mark: Mark, number: int) -> list[str]:
+def keys_of(lane: Lane, mark: LanePosition, number: int) -> list[str]:
     return [given.item.key for given in islice(lane.give(mark), number)]
 
 
@@ -70,7 +70,7 @@ def batches(
     process: int = 0,
     num_processes: int = 1,
     workers: int = 0,
-    marks: dict[int, Mark] | None = None,
+    marks: dict[int, LanePosition] | None = None,
     rows: int = 3,
 ) -> list[Batch]:
     """Return batches of one process of a stream in four lanes."""
@@ -93,7 +93,7 @@ def contents(parts: list[Batch]) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("lengths", [[7, 0, 13, 1], [5], [10, 10, 5]])
 def test_a_lane_gives_each_pair_once_an_epoch_in_another_order(lengths: list[int]) -> None:
     lane, total = Lane(Shards(lengths), 0, 1, WINDOW, SEED), sum(lengths)
-    given = keys_of(lane, Mark(0), 3 * total)
+    given = keys_of(lane, LanePosition(0), 3 * total)
     epochs = [given[start : start + total] for start in range(0, 3 * total, total)]
     everything = sorted(f"{shard}/{number}" for shard, length in enumerate(lengths) for number in range(length))
     assert [sorted(epoch) for epoch in epochs] == [everything] * 3
@@ -102,7 +102,7 @@ def test_a_lane_gives_each_pair_once_an_epoch_in_another_order(lengths: list[int
 
 def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
     lane = Lane(Shards([7, 0, 13, 1]), 0, 1, WINDOW, SEED)
-    whole = list(islice(lane.give(Mark(0)), 60))
+    whole = list(islice(lane.give(LanePosition(0)), 60))
     keys = [given.item.key for given in whole]
     for place in range(40):
         assert keys_of(lane, whole[place].mark, 15) == keys[place + 1 : place + 16]
@@ -117,7 +117,7 @@ def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
                 yield Streamed(item.key, missing, item.end) if item.end == self.lengths[shard] else item
 
     lane = Lane(WithoutLast([11]), 0, 1, WINDOW, SEED)  # its last window holds that sample alone
-    whole = list(islice(lane.give(Mark(0)), 30))
+    whole = list(islice(lane.give(LanePosition(0)), 30))
     for place in range(22):
         assert keys_of(lane, whole[place].mark, 4) == [given.item.key for given in whole[place + 1 : place + 5]]
 
@@ -128,14 +128,14 @@ def test_a_short_shard_is_not_shown_much_more_often_than_others() -> None:
     shown: Counter[int] = Counter()
     for number in range(num_lanes):
         lane = Lane(Shards(lengths), number, num_lanes, WINDOW, SEED)
-        shown.update(given.shard for given in islice(lane.give(Mark(number)), 1000))
+        shown.update(given.shard for given in islice(lane.give(LanePosition(number)), 1000))
     often = [shown[shard] / length for shard, length in enumerate(lengths)]
     assert max(often) < 2.2 * min(often)
 
 
 def test_lanes_have_different_shards() -> None:
     stream = Shards([4] * 10)
-    given = [set(keys_of(Lane(stream, number, 3, WINDOW, SEED), Mark(number), 80)) for number in range(3)]
+    given = [set(keys_of(Lane(stream, number, 3, WINDOW, SEED), LanePosition(number), 80)) for number in range(3)]
     assert sum(len(each) for each in given) == len(set.union(*given)) == 40
 
 
@@ -182,12 +182,12 @@ def test_too_few_pairs_for_a_batch_are_an_error() -> None:
 
 def test_shards_that_are_lost_are_counted_and_several_in_a_row_end_the_run() -> None:
     lane = Lane(Shards([4] * 6, lost=frozenset({1, 4})), 0, 1, WINDOW, SEED)
-    keys = Counter(keys_of(lane, Mark(0), 3 * 18))
+    keys = Counter(keys_of(lane, LanePosition(0), 3 * 18))
     assert keys["1"] == keys["4"] == keys["0/0"] == 3
     with pytest.raises(
         DataError, match=r"3 shards in a row cannot be read.*no answer.*goes on from the last checkpoint"
     ):
-        keys_of(Lane(Shards([4] * 6, lost=frozenset({0, 1, 2, 3, 4})), 0, 1, WINDOW, SEED), Mark(0), 99)
+        keys_of(Lane(Shards([4] * 6, lost=frozenset({0, 1, 2, 3, 4})), 0, 1, WINDOW, SEED), LanePosition(0), 99)
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,17 @@ from web import NEVER, Behaviour, served
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import choose_caption, weighted
-from accel_clip.data.decode import decode_picture
 from accel_clip.data.pairs import open_training
-from accel_clip.data.sources import hub_stream, remote_shards, shards
-from accel_clip.data.sources.base import Pair, Source, Stream, Streamed
+from accel_clip.data.pictures.decode import decode_picture
+from accel_clip.data.sources import hub_stream
+from accel_clip.data.sources.base import Pair, Source, SourceOptions, Stream, Streamed
 from accel_clip.data.sources.hub import open_hub, open_saved
 from accel_clip.data.sources.hub_stream import HubStream, stream_of
-from accel_clip.data.sources.remote import Patience, RemoteFile, seconds_of
-from accel_clip.data.sources.remote_shards import RemoteShards, open_remote_shards
-from accel_clip.data.sources.resolve import SourceOptions, open_item, open_source
+from accel_clip.data.sources.remote_file import Patience, RemoteFile, seconds_of
+from accel_clip.data.sources.resolve import open_item, open_source
+from accel_clip.data.sources.shards import local as shards
+from accel_clip.data.sources.shards import remote as remote_shards
+from accel_clip.data.sources.shards.remote import RemoteShards, open_remote_shards
 from accel_clip.faults import ConfigError, DataError
 
 AT_ONCE = Patience(waits_seconds=(0.0,) * 4)

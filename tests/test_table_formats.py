@@ -18,7 +18,7 @@ from PIL import Image
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import Subset
 from accel_clip.data.sources.resolve import locate, open_source

@@ -28,7 +28,7 @@ from PIL import Image
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import REASONS, UnusableSample
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.faults import ConfigError

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from accel_clip import Config, train
+from accel_clip.commands.evaluate import evaluate_run
 from accel_clip.config import (
     DataConfig,
     EvalConfig,
@@ -33,7 +34,6 @@ from accel_clip.data.examples import Preparation, preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.sources.resolve import open_source
-from accel_clip.evaluation.command import evaluate_run
 from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model

@@ -19,18 +19,18 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from accel_clip import Config, train
-from accel_clip.check import check_names
 from accel_clip.command_line import load_config, parse_config, save_config
 from accel_clip.config import DataConfig, EvalConfig, ModelConfig, TrackConfig, TrainConfig
 from accel_clip.data.examples import preparation_for
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
+from accel_clip.data.pictures.transforms import build_transforms
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.resolve import open_source
-from accel_clip.data.transforms import build_transforms
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.randomness import derive_seed, seeded_everywhere
+from accel_clip.run.preconditions import check_names
 
 SIZE, MEAN = 32, (0.48145466, 0.4578275, 0.40821073)
 MANY: list[str | dict[str, Any]] = [

@@ -47,30 +47,30 @@ KNOWN = {
     ("checkpoint/find.py", "broadcast"): MEETS,
     ("checkpoint/snapshot.py", "gather"): MEETS,
     ("data/bad_samples.py", "gather_object"): MEETS,
-    ("data/feature_encoding.py", "gather"): MEETS,
-    ("data/feature_encoding.py", "gather_object"): MEETS,
-    ("data/feature_encoding.py", "wait_for_everyone"): MEETS,
+    ("data/caches/feature_encoding.py", "gather"): MEETS,
+    ("data/caches/feature_encoding.py", "gather_object"): MEETS,
+    ("data/caches/feature_encoding.py", "wait_for_everyone"): MEETS,
     ("data/feed_parts.py", "gather_object"): MEETS,
-    ("data/once.py", "broadcast_object_list"): MEETS,
-    ("data/picture_building.py", "broadcast_object_list"): MEETS,
+    ("data/caches/items.py", "broadcast_object_list"): MEETS,
+    ("data/caches/picture_building.py", "broadcast_object_list"): MEETS,
     ("data/sources/connections.py", "ConnectionPool"): WORKERS,
     ("data/sources/hub.py", "load_dataset"): STARTS,
     ("data/sources/hub_stream.py", "load_dataset"): STARTS,
     ("data/sources/hub_stream.py", "sleep"): WORKERS,
-    ("data/sources/remote.py", "sleep"): WORKERS,
-    ("data/sources/shard_reader.py", "sleep"): WORKERS,
+    ("data/sources/remote_file.py", "sleep"): WORKERS,
+    ("data/sources/shards/reader.py", "sleep"): WORKERS,
     ("data/workers.py", "DataLoader"): "the one loader of the package: `received` looks every second",
-    ("evaluation/command.py", "end_training"): MEETS,
+    ("commands/evaluate.py", "end_training"): MEETS,
     ("evaluation/encode.py", "gather"): MEETS,
     ("evaluation/encode.py", "gather_object"): MEETS,
     ("evaluation/retrieval.py", "reduce"): MEETS,
     ("evaluation/validation.py", "reduce"): MEETS,
-    ("export.py", "create_repo"): "a command of its own, which a signal interrupts",
-    ("export.py", "get_tokenizer"): "its files are here, the hub is not asked",
-    ("export.py", "upload_folder"): "a command of its own, which a signal interrupts",
+    ("commands/export.py", "create_repo"): "a command of its own, which a signal interrupts",
+    ("models/export.py", "get_tokenizer"): "its files are here, the hub is not asked",
+    ("commands/export.py", "upload_folder"): "a command of its own, which a signal interrupts",
     ("files/lock.py", "lockf"): "does not wait: it is asked whether the lock is free",
     ("files/lock.py", "sleep"): SHORT,
-    ("health.py", "gather"): MEETS,
+    ("run/health.py", "gather"): MEETS,
     ("losses/gradient.py", "gather"): MEETS,
     ("losses/pair_terms.py", "reduce"): MEETS,
     ("losses/tiles.py", "gather"): MEETS,
@@ -78,22 +78,22 @@ KNOWN = {
     ("models/build.py", "create_model"): STARTS,
     ("models/build.py", "get_tokenizer"): STARTS,
     ("models/training_model.py", "broadcast"): MEETS,
-    ("network.py", "create_connection"): SHORT,
-    ("plan.py", "gather"): MEETS,
-    ("preflight/speed.py", "synchronize"): SHORT,
-    ("processes.py", "gather"): MEETS,
-    ("processes.py", "gather_object"): MEETS,
-    ("rebuilding.py", "get_tokenizer"): STARTS,
-    ("saving.py", "wait_for_everyone"): MEETS,
+    ("process/network.py", "create_connection"): SHORT,
+    ("step/plan.py", "gather"): MEETS,
+    ("commands/check/speed.py", "synchronize"): SHORT,
+    ("process/accelerator.py", "gather"): MEETS,
+    ("process/accelerator.py", "gather_object"): MEETS,
+    ("run/rebuilding.py", "get_tokenizer"): STARTS,
+    ("checkpoint/saver.py", "wait_for_everyone"): MEETS,
     (
-        "tracking.py",
+        "run/tracking.py",
         "init_trackers",
     ): "before the first step, where a stop that is not heard interrupts",
     ("trainer.py", "end_training"): MEETS,
     ("trainer.py", "reduce"): MEETS,
     ("trainer.py", "wait_for_everyone"): MEETS,
-    ("waiting.py", "gather"): MEETS,
-    ("watchdog.py", "sleep"): SHORT,
+    ("process/waiting.py", "gather"): MEETS,
+    ("process/watchdog.py", "sleep"): SHORT,
 }
 
 
@@ -131,7 +131,9 @@ def may_wait(call: ast.Call) -> bool:
 def test_every_wait_is_known() -> None:
     found = set(calls())
     new, gone = sorted(found - set(KNOWN)), sorted(set(KNOWN) - found)
-    assert not new, f"these may wait: let them look at the stop signal (accel_clip/waiting.py), or say why not: {new}"
+    assert not new, (
+        f"these may wait: let them look at the stop signal (accel_clip/process/waiting.py), or say why not: {new}"
+    )
     assert not gone, f"these are no longer there: {gone}"
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
-from accel_clip.export import exported_model, write_export
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
+from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.torch_script import read_torch_script
 
 State = dict[str, Tensor]

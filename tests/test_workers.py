@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from accel_clip.data.workers import Workers, share
 from accel_clip.faults import WorkerKilled
-from accel_clip.signals import StopAsked
+from accel_clip.process.signals import StopAsked
 
 
 class Numbers(Dataset[torch.Tensor]):

@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from accel_clip.checkpoint.manifest import MANIFEST, Checkpoint, InvalidCheckpoint, expected_files
+from accel_clip.checkpoint.saved_state import SavedState
 from accel_clip.checkpoint.snapshot import OPTIMIZER, OPTIMIZER_TENSORS, STATE
 from accel_clip.checkpoint.tensors import unflatten
 from accel_clip.faults import one_line
-from accel_clip.saved_state import SavedState
 from accel_clip.typed_json import WrongContent, read_json
 
-Look = Callable[[Checkpoint], None]
+ContentCheck = Callable[[Checkpoint], None]
 """A look at a checkpoint; it raises `InvalidCheckpoint`."""
 
 

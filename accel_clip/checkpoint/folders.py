@@ -8,7 +8,6 @@ from pathlib import Path
 from accel_clip.files.marked import set_aside
 from accel_clip.files.whole import write_text
 
-KIND = "checkpoint"
 LATEST = "LATEST"
 BEST = "BEST"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

@@ -10,8 +10,7 @@ from typing import Annotated
 
 from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
 from accel_clip.files.whole import hash_of
-from accel_clip.run_state import Count
-from accel_clip.typed import Range
+from accel_clip.typed import Count, Range
 from accel_clip.typed_json import WrongContent, read_json
 
 MANIFEST = "manifest.json"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from accel_clip.checkpoint.folders import BEST, KIND, LATEST, folder_name, newest_first, point, pointed
+from accel_clip.checkpoint.folders import BEST, LATEST, folder_name, newest_first, point, pointed
 from accel_clip.checkpoint.manifest import MANIFEST, make_manifest
 from accel_clip.checkpoint.snapshot import Snapshot
 from accel_clip.checkpoint.storage import WRITE_ERRORS, check_space, storage_error
 from accel_clip.console import say
 from accel_clip.faults import reached
+from accel_clip.files.kinds import CHECKPOINT
 from accel_clip.files.marked import Draft, remove_folder
 
 STAGES = ("snapshot", "model", "optimizer", "random", "state", "manifest", "rename", "latest", "best", "prune")
@@ -28,7 +29,7 @@ def write(snapshot: Snapshot, folder: Path, keep: int) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, snapshot.num_bytes)
-        with Draft(path, KIND) as draft:
+        with Draft(path, CHECKPOINT) as draft:
             fill(draft.path, snapshot)
             draft.publish()
         reached("rename", snapshot.step)
@@ -72,6 +73,6 @@ def prune(folder: Path, keep: int) -> None:
     for path in newest_first(folder):
         if path not in kept:
             try:
-                remove_folder(path, KIND)
+                remove_folder(path, CHECKPOINT)
             except OSError as error:
                 say(f"checkpoint {path.name} could not be removed: {error}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from accel_clip.data.bad_samples import BadSample
-from accel_clip.data.lanes import Mark
+from accel_clip.data.lanes import LanePosition
 
 TENSORS = ("image", "tokens", "sample", "caption_hash", "picture_hash")
 
@@ -34,7 +34,7 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     bad_samples: tuple[BadSample, ...] = ()
     features: dict[str, torch.Tensor] = field(default_factory=dict)
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[LanePosition, ...] = ()
     num_cut_captions: int = 0
     num_pairs: Mapping[str, int] = field(default_factory=dict)
 

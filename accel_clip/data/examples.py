@@ -13,15 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accel_clip.config import Config
-from accel_clip.data.augmentation import cut, evaluation_pixels, pixels_of, random_box, resized, training_scale
 from accel_clip.data.bad_samples import BadSample, UnusableSample
 from accel_clip.data.batch import Batch
+from accel_clip.data.caches.features import FeatureCache
+from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.captions import choose_caption, hash_of, is_cut
-from accel_clip.data.decode import decode_picture, decode_small
-from accel_clip.data.feature_cache import FeatureCache
-from accel_clip.data.picture_cache import PictureCache
+from accel_clip.data.pictures.augmentation import cut, evaluation_pixels, pixels_of, random_box, resized, training_scale
+from accel_clip.data.pictures.decode import decode_picture, decode_small
+from accel_clip.data.pictures.transforms import Transforms, build_transforms
 from accel_clip.data.sources.base import Pair
-from accel_clip.data.transforms import Transforms, build_transforms
 from accel_clip.models.build import ClipModel
 from accel_clip.randomness import derive_seed
 

@@ -12,8 +12,8 @@ from accel_clip.config import Config, DataConfig, TrainConfig
 from accel_clip.console import say
 from accel_clip.data.batch import joined
 from accel_clip.data.examples import Preparation
-from accel_clip.data.feed_parts import Batches, FetchedPart, Part, Seat, StreamPart
-from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, Mark, choose_num_lanes
+from accel_clip.data.feed_parts import Batches, FetchedPart, LoaderRank, Part, StreamPart
+from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, LanePosition, choose_num_lanes
 from accel_clip.data.mixture import (
     describe_batch,
     listed,
@@ -22,7 +22,7 @@ from accel_clip.data.mixture import (
     require_a_pair_of_each,
 )
 from accel_clip.data.order import check_divisible
-from accel_clip.data.pairs import Opened
+from accel_clip.data.pairs import PairsOfRun
 from accel_clip.data.sources.base import Source, Stream
 from accel_clip.data.sources.combine import part_names, told_apart
 from accel_clip.faults import ConfigError
@@ -82,7 +82,7 @@ class Feed:
         passes = [part.epochs() for part in self.streams]
         return sum(passes) / len(passes)
 
-    def open(self, batches: range, seat: Seat, preparation: Preparation) -> Batches:
+    def open(self, batches: range, seat: LoaderRank, preparation: Preparation) -> Batches:
         """Yield one process's part of the batches that are named; closed, it ends the loader workers."""
         whole = sum(part.num_pairs for part in self.parts)
         with ExitStack() as opened:
@@ -96,11 +96,11 @@ class Feed:
                 batch = joined([next(each) for each in loaded])
                 yield batch.pin_memory() if seat.pin_memory and not pin_parts else batch
 
-    def places(self) -> list[dict[int, Mark]]:
+    def places(self) -> list[dict[int, LanePosition]]:
         """Return where this process stands in the streams."""
         return [dict(part.marks) for part in self.streams]
 
-    def return_to(self, places: Sequence[dict[int, Mark]]) -> None:
+    def return_to(self, places: Sequence[dict[int, LanePosition]]) -> None:
         """Forget batches that were taken since, and not trained on: the next process takes them again."""
         for part, marks in zip(self.streams, places, strict=True):
             part.marks = marks
@@ -125,7 +125,7 @@ class Feed:
             part.load_state_dict(saved)
 
 
-def build_feed(opened: Opened, config: Config, num_processes: int) -> Feed:
+def build_feed(opened: PairsOfRun, config: Config, num_processes: int) -> Feed:
     """Return the contrastive batches of a run from its start; raises `ConfigError` where one cannot be filled."""
     batch_size, seed, replacement = config.train.batch_size, config.seed, config.data.replacement
     check_divisible(batch_size, num_processes)
@@ -159,7 +159,7 @@ def warn_of_few_shards(stream: Stream, num_lanes: int) -> None:
         )
 
 
-def require_known_pairs(opened: Opened, config: Config) -> None:
+def require_known_pairs(opened: PairsOfRun, config: Config) -> None:
     """Raise `ConfigError` for settings that need to know every pair, as nobody does of a stream."""
     (stream, _), data = opened.streams[0], config.data
     given = {"train.cache_features": config.cached_tower, "data.image_cache_gib": data.image_cache_gib}
@@ -170,7 +170,7 @@ def require_known_pairs(opened: Opened, config: Config) -> None:
             raise ConfigError(f"{key}: {stream.name} is a stream, whose pairs are not known beforehand: leave it away")
 
 
-def shares(opened: Opened, batch_size: int, num_processes: int) -> list[int]:
+def shares(opened: PairsOfRun, batch_size: int, num_processes: int) -> list[int]:
     """Return how many pairs of a batch come from the sources together, and from each stream, by their weights."""
     of_source = [] if opened.source is None else [opened.source_weight]
     names = [*([] if opened.source is None else [opened.source.name]), *(stream.name for stream, _ in opened.streams)]

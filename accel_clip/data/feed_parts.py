@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from accel_clip.config import DataConfig
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
-from accel_clip.data.lanes import Mark
+from accel_clip.data.lanes import LanePosition
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.mixture import pairs_in_batch
 from accel_clip.data.order import BatchOrder
@@ -25,7 +25,7 @@ Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
-class Seat:
+class LoaderRank:
     """Who asks for batches: one process of several, with its loader workers."""
 
     process: int
@@ -47,7 +47,7 @@ class Part(Protocol):
         """Return how many pairs of a batch come from each source, by its name, on average where it varies."""
         ...
 
-    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Return one process's part of the batches that are named; a stream gives those that follow."""
         ...
 
@@ -69,7 +69,7 @@ class FetchedPart:
         """Return how many pairs of a batch come from each source."""
         return pairs_in_batch(self.source, self.order)
 
-    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that are named."""
         places = BatchPlaces(self.order, batches, seat.process, seat.num_processes)
         pairs = TrainingPairs(self.source, self.order, preparation)
@@ -92,14 +92,14 @@ class StreamPart:
     num_lanes: int
     window: int
     seed: int
-    marks: dict[int, Mark] = field(default_factory=dict)
+    marks: dict[int, LanePosition] = field(default_factory=dict)
 
     @property
     def pairs_in_batch(self) -> Mapping[str, float]:
         """Return how many pairs of a batch come from the stream."""
         return {self.name: self.num_pairs}
 
-    def open(self, batches: range, seat: Seat, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that follow, where it stands in the stream in their marks.
 
         Raises `ConfigError` when the lanes cannot be divided among the processes.
@@ -149,4 +149,4 @@ class StreamPart:
                 f"hold {self.num_pairs}, which every process takes as many of: go on with as many processes as before"
             )
         self.num_lanes, self.window = state["num_lanes"], state["window"]
-        self.marks = {mark.lane: mark for mark in (Mark(*each) for each in state["marks"])}
+        self.marks = {mark.lane: mark for mark in (LanePosition(*each) for each in state["marks"])}

@@ -33,7 +33,7 @@ MOST_LOST_SHARDS = 3
 
 
 @dataclass(frozen=True)
-class Mark:
+class LanePosition:
     """Where a lane stands.
 
     epoch, shard, start: where its window begins: the pass over its shards, which of that pass's, and the place in it;
@@ -49,16 +49,16 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Given:
+class LaneItem:
     """What a lane gives: an item, the shard it comes from, its epoch, and where the lane stands after it."""
 
     item: Streamed
     shard: int
-    mark: Mark
+    mark: LanePosition
 
 
 @dataclass(frozen=True)
-class Read:
+class ShardItem:
     """An item, its shard, and which of the epoch's shards that is."""
 
     item: Streamed
@@ -73,35 +73,35 @@ class Lane:
         self.stream, self.number, self.window, self.seed = stream, number, window, seed
         self.shards = range(number, stream.num_shards, num_lanes)
 
-    def give(self, mark: Mark) -> Iterator[Given]:
+    def give(self, mark: LanePosition) -> Iterator[LaneItem]:
         """Yield what follows a mark, epoch after epoch.
 
         Raises `DataError` when an epoch has nothing to give, or several shards in a row cannot be read.
         """
         while True:
             yield from self.give_epoch(mark)
-            mark = Mark(self.number, mark.epoch + 1)
+            mark = LanePosition(self.number, mark.epoch + 1)
 
-    def give_epoch(self, mark: Mark) -> Iterator[Given]:
+    def give_epoch(self, mark: LanePosition) -> Iterator[LaneItem]:
         """Yield the rest of an epoch."""
         items = self.read_epoch(mark)
         window = list(islice(items, self.window))
         if not window and (mark.shard, mark.start) == (0, 0):
             raise DataError(f"{self.stream.name}: nothing can be read from the shards {shown(self.shards)}")
         while window:
-            following: list[Read] = []
+            following: list[ShardItem] = []
             for taken, number in enumerate(self.shuffled(len(window), mark)):
                 if taken < mark.taken:
                     continue
                 read = window[number]
-                yield Given(read.item, read.shard, replace(mark, taken=taken + 1))
+                yield LaneItem(read.item, read.shard, replace(mark, taken=taken + 1))
                 following.extend(islice(items, 1))
             following.extend(islice(items, self.window - len(following)))
             last = window[-1]
-            mark = Mark(self.number, mark.epoch, last.place, last.item.end, share=last.place / len(self.shards))
+            mark = LanePosition(self.number, mark.epoch, last.place, last.item.end, share=last.place / len(self.shards))
             window = following
 
-    def read_epoch(self, mark: Mark) -> Iterator[Read]:
+    def read_epoch(self, mark: LanePosition) -> Iterator[ShardItem]:
         """Yield an epoch's items in the order of its shards, from where a window begins."""
         order = self.order(mark.epoch)
         num_lost = 0
@@ -110,7 +110,7 @@ class Lane:
             num_usable = int(place == mark.shard and mark.start > 0)  # what lies before gave something
             for item in self.stream.read(order[place], mark.start if place == mark.shard else 0):
                 num_usable += not isinstance(item.pair, UnusableSample)
-                yield Read(item, order[place], place)
+                yield ShardItem(item, order[place], place)
             num_lost = 0 if num_usable or not is_lost(item) else num_lost + 1
             if num_lost == min(MOST_LOST_SHARDS, len(order)):
                 raise lost_too_many(self.stream, num_lost, item)
@@ -121,7 +121,7 @@ class Lane:
         Random(derive_seed(self.seed, "shards", epoch, self.number)).shuffle(shards)
         return shards
 
-    def shuffled(self, length: int, mark: Mark) -> list[int]:
+    def shuffled(self, length: int, mark: LanePosition) -> list[int]:
         """Return the order in which a window is given out."""
         order = list(range(length))
         Random(derive_seed(self.seed, "window", mark.epoch, self.number, mark.shard, mark.start)).shuffle(order)

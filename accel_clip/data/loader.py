@@ -26,27 +26,27 @@ from accel_clip.plugins import PluginsFirst
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundExample:
     """An example, and the unusable samples that were met in search of it."""
 
     example: Example
     bad_samples: tuple[BadSample, ...]
 
 
-class TrainingPairs(PluginsFirst, Dataset[Found | DataError]):
+class TrainingPairs(PluginsFirst, Dataset[FoundExample | DataError]):
     """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
     def __init__(self, source: Source, order: BatchOrder, preparation: Preparation) -> None:
         self.source, self.order, self.preparation = source, order, preparation
 
-    def __getitem__(self, place: Place) -> Found | DataError:
+    def __getitem__(self, place: Place) -> FoundExample | DataError:
         """Return the pair at a place; an error is returned too, since raised in a worker it would lose its message."""
         try:
             return self.find(place)
         except DataError as error:
             return error
 
-    def find(self, place: Place) -> Found:
+    def find(self, place: Place) -> FoundExample:
         """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any.
 
         The search ends early where nothing but missing files is met: a wrong folder is told before all of it is tried.
@@ -56,7 +56,7 @@ class TrainingPairs(PluginsFirst, Dataset[Found | DataError]):
             try:
                 pair = self.source[sample]
                 example = self.preparation.example(pair, self.source.key(sample), sample, place.epoch)
-                return Found(example, tuple(met))
+                return FoundExample(example, tuple(met))
             except UnusableSample as problem:
                 met.append(self.describe(problem, sample, place.epoch, its_turn=not met))
             if len(met) >= SAMPLES_TO_KNOW_THE_ROOT and all(bad.reason == MISSING for bad in met):
@@ -85,12 +85,12 @@ class BatchPlaces(Sampler[list[Place]]):
             yield self.order.places(batch, self.process, self.num_processes)
 
 
-def collate(fetched: Sequence[Found | DataError]) -> Batch | DataError:
+def collate(fetched: Sequence[FoundExample | DataError]) -> Batch | DataError:
     """Return what was found as one batch, or the first error among it."""
     for item in fetched:
         if isinstance(item, DataError):
             return item
-    found = [item for item in fetched if isinstance(item, Found)]
+    found = [item for item in fetched if isinstance(item, FoundExample)]
     return batch_of([item.example for item in found], [bad for item in found for bad in item.bad_samples])
 
 

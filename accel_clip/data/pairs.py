@@ -16,7 +16,7 @@ from accel_clip.data.sources.resolve import as_one, open_item, open_sources, req
 
 
 @dataclass(frozen=True)
-class Opened:
+class PairsOfRun:
     """The data of a run.
 
     source: the sources to train on that know their pairs, as one, None without any; weights: of each of these, None
@@ -32,7 +32,7 @@ class Opened:
     num_shared: int = 0
 
 
-def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None) -> Opened:
+def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None) -> PairsOfRun:
     """Return the data of a run: what is trained on, and `data.val` or a part of `data.train` to measure it on.
 
     extra: columns of numbers that the pairs to train on must bring; index_folder: as in `SourceOptions`.
@@ -54,7 +54,7 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: P
     are_mixed = data.source_weights is not None and len(sources) > 1
     if num_shared and held_out is not None:
         say(f"warning: {shared_in_words(num_shared, len(held_out))}")
-    return Opened(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out, num_shared)
+    return PairsOfRun(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out, num_shared)
 
 
 def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig, index_folder: Path | None = None) -> Source:

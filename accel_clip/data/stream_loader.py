@@ -12,7 +12,7 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import BadSample, UnusableSample, too_few_usable
 from accel_clip.data.batch import Batch, joined
 from accel_clip.data.examples import Example, Preparation, batch_of
-from accel_clip.data.lanes import Given, Lane, Mark
+from accel_clip.data.lanes import Lane, LaneItem, LanePosition
 from accel_clip.data.sources.base import Stream
 from accel_clip.data.workers import Workers, memory_shared, usable_or_raise
 from accel_clip.faults import DataError, recognised
@@ -34,12 +34,12 @@ class Lanes:
     num_lanes: int
     window: int
     seed: int
-    marks: Mapping[int, Mark]
+    marks: Mapping[int, LanePosition]
 
-    def open(self, number: int) -> Iterator[Given]:
+    def open(self, number: int) -> Iterator[LaneItem]:
         """Yield what follows in a lane."""
         lane = Lane(self.stream, number, self.num_lanes, self.window, self.seed)
-        return lane.give(self.marks.get(number, Mark(number)))
+        return lane.give(self.marks.get(number, LanePosition(number)))
 
 
 class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
@@ -62,7 +62,7 @@ class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
         except DataError as error:
             yield error
 
-    def part(self, lane: Iterator[Given]) -> Batch:
+    def part(self, lane: Iterator[LaneItem]) -> Batch:
         """Return the next pairs of a lane that can be used, none of them twice; raises `DataError`."""
         examples: dict[int, Example] = {}
         met: list[BadSample] = []
@@ -84,13 +84,13 @@ class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
         what = f"data.train: {self.rows} pairs of a batch come from a part of {name} that has {len(examples)}"
         raise too_few_usable(what, met) if met else DataError(f"{what}: make train.batch_size smaller or add data")
 
-    def example(self, given: Given, sample: int) -> Example:
+    def example(self, given: LaneItem, sample: int) -> Example:
         """Return an item, prepared; raises `UnusableSample`."""
         if isinstance(given.item.pair, UnusableSample):
             raise given.item.pair
         return self.preparation.example(given.item.pair, given.item.key, sample, given.mark.epoch)
 
-    def describe(self, problem: UnusableSample, given: Given) -> BadSample:
+    def describe(self, problem: UnusableSample, given: LaneItem) -> BadSample:
         """Return the record of an unusable sample."""
         name, key = self.lanes.stream.name, given.item.key
         return BadSample(name, key, problem.reason, problem.path, problem.detail, given.mark.epoch)

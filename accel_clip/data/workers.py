@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from accel_clip.data.bad_samples import UnusableData
 from accel_clip.faults import DataError, WorkerKilled
-from accel_clip.signals import STOP_SIGNALS, StopAsked
-from accel_clip.waiting import never
+from accel_clip.process.signals import STOP_SIGNALS, StopAsked
+from accel_clip.process.waiting import never
 
 SECONDS_BETWEEN_LOOKS = 1.0
 NOTHING_YET = re.compile("DataLoader timed out")

@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from accel_clip.data.bad_samples import UnusableSample, missing_too_many, too_few_usable
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.workers import Workers
 from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
 from accel_clip.plugins import PluginsFirst
-from accel_clip.signals import StopAsked
-from accel_clip.waiting import UNWATCHED, Lookout, never
+from accel_clip.process.signals import StopAsked
+from accel_clip.process.waiting import UNWATCHED, Lookout, never
 
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
 Problems = dict[int, UnusableSample]
@@ -41,13 +41,13 @@ Problems = dict[int, UnusableSample]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PictureChunk:
     """Pictures ready for the image tower, float32 [n, 3, H, W]; those in `problems` are black."""
 
     pictures: Tensor
     problems: Problems = field(default_factory=dict)
 
-    def pin_memory(self) -> Loaded:
+    def pin_memory(self) -> PictureChunk:
         """Return the pictures in page-locked memory (called by torch's DataLoader)."""
         return replace(self, pictures=self.pictures.pin_memory())
 
@@ -80,7 +80,7 @@ def encode_pictures(
 
 
 def without_problems(
-    loaded: Iterable[Loaded | str], own_items: Sequence[range], found: list[tuple[int, UnusableSample]]
+    loaded: Iterable[PictureChunk | str], own_items: Sequence[range], found: list[tuple[int, UnusableSample]]
 ) -> Iterator[Tensor | str]:
     """Yield the chunks of this process as the tower takes them, and add the problems in them to those found."""
     for items, chunk in zip(own_items, loaded, strict=True):
@@ -179,13 +179,15 @@ class Pictures(PluginsFirst, Dataset[Tensor | UnusableSample | str]):
         """Return what stands for a picture that cannot be used."""
         return self.transform(Image.new("RGB", (1, 1)))
 
-    def collate(self, loaded: list[Tensor | UnusableSample | str]) -> Loaded | str:
+    def collate(self, loaded: list[Tensor | UnusableSample | str]) -> PictureChunk | str:
         """Return pictures as one tensor, or the first error that ends the evaluation."""
         for item in loaded:
             if isinstance(item, str):
                 return item
         problems = {row: item for row, item in enumerate(loaded) if isinstance(item, UnusableSample)}
-        return Loaded(torch.stack([item if isinstance(item, Tensor) else self.black() for item in loaded]), problems)
+        return PictureChunk(
+            torch.stack([item if isinstance(item, Tensor) else self.black() for item in loaded]), problems
+        )
 
 
 def load(
@@ -194,7 +196,7 @@ def load(
     num_workers: int,
     device: torch.device,
     is_asked: Callable[[], bool] = never,
-) -> Iterator[Loaded | str]:
+) -> Iterator[PictureChunk | str]:
     """Yield this process's chunks of pictures, on the device, or the error that ends the evaluation.
 
     Raises `StopAsked` when this process is asked to stop.
@@ -211,7 +213,7 @@ def split(chunk: list[int]) -> list[list[int]]:
     return [chunk[start : start + PICTURES_PER_MESSAGE] for start in range(0, len(chunk), PICTURES_PER_MESSAGE)]
 
 
-def join(messages: list[Loaded | str], device: torch.device) -> Loaded | str:
+def join(messages: list[PictureChunk | str], device: torch.device) -> PictureChunk | str:
     """Return the portions of a chunk as one on the device, or the first error among them."""
     parts: list[Tensor] = []
     problems: Problems = {}
@@ -222,4 +224,4 @@ def join(messages: list[Loaded | str], device: torch.device) -> Loaded | str:
         problems |= {num_pictures + row: problem for row, problem in message.problems.items()}
         parts.append(message.pictures.to(device, non_blocking=True))
         num_pictures += len(message.pictures)
-    return Loaded(torch.cat(parts), problems)
+    return PictureChunk(torch.cat(parts), problems)

@@ -12,16 +12,16 @@ from torch import Tensor
 from accel_clip.config import EvalConfig
 from accel_clip.console import say
 from accel_clip.data.bad_samples import reasons_of
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.evaluation.encode import encode_captions, encode_pictures, usable_places
-from accel_clip.evaluation.examples import GridRow, retrieval_grid
+from accel_clip.evaluation.picture_grid import GridRow, retrieval_grid
 from accel_clip.evaluation.retrieval import Nearest, names_of_retrieval, nearest_examples, retrieval_metrics
 from accel_clip.evaluation.validation import HeldOutPairs, read_held_out, validation_loss
 from accel_clip.evaluation.zero_shot import LabelledPictures, accuracy, class_features, read_labelled
 from accel_clip.losses.base import Loss
 from accel_clip.models.build import ClipModel
-from accel_clip.waiting import UNWATCHED, Lookout
+from accel_clip.process.waiting import UNWATCHED, Lookout
 
 Pictures = TypeVar("Pictures", HeldOutPairs, LabelledPictures)
 

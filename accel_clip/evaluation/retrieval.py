@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from accel_clip.waiting import UNWATCHED, Lookout
+from accel_clip.process.waiting import UNWATCHED, Lookout
 
 QUERIES_PER_CHUNK = 128  # with a million candidates, the scores of a chunk take 1 GiB
 RECALL_AT = (1, 5, 10)

@@ -17,8 +17,8 @@ from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
 from accel_clip.losses.base import Loss, total
 from accel_clip.losses.precision import ieee_float32
+from accel_clip.process.waiting import UNWATCHED, Lookout
 from accel_clip.randomness import derive_seed
-from accel_clip.waiting import UNWATCHED, Lookout
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from accel_clip.evaluation.encode import encode_captions
 from accel_clip.evaluation.retrieval import ranks, recall_at
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.models.build import ClipModel
-from accel_clip.waiting import UNWATCHED, Lookout
+from accel_clip.process.waiting import UNWATCHED, Lookout
 
 
 @dataclass(frozen=True)

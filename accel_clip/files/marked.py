@@ -27,7 +27,7 @@ STATES = (DRAFT, REPLACED, CONDEMNED)
 
 
 @dataclass(frozen=True)
-class Mark:
+class FolderMark:
     """What a folder of ours says of itself."""
 
     kind: str
@@ -46,7 +46,7 @@ class Draft:
         self.place, self.kind = place.resolve(), kind
         self.path = beside(self.place, DRAFT)
         self.path.mkdir(parents=True)
-        write_mark(self.path, Mark(kind, None))
+        write_mark(self.path, FolderMark(kind, None))
         self.lock = FolderLock(self.path)
         self.lock.take()
 
@@ -67,7 +67,7 @@ class Draft:
 
         editable: the files that belong to whoever edits them.
         """
-        write_mark(self.path, Mark(self.kind, listing(self.path, editable)))
+        write_mark(self.path, FolderMark(self.kind, listing(self.path, editable)))
         replaced = None
         if self.place.exists():
             replaced = self.place.rename(beside(self.place, REPLACED))
@@ -141,7 +141,7 @@ def remove_unmarked(path: Path) -> None:
         path.rmdir()
 
 
-def settle_marked(path: Path, mark: Mark) -> None:
+def settle_marked(path: Path, mark: FolderMark) -> None:
     """Finish or undo what a kill left of one folder that carries our mark and an unfinished name."""
     place, state = place_of(path), state_of(path)
     assert place is not None, path
@@ -159,7 +159,7 @@ def stands_whole(place: Path) -> bool:
     return mark is not None and is_whole(place, mark)
 
 
-def is_whole(folder: Path, mark: Mark) -> bool:
+def is_whole(folder: Path, mark: FolderMark) -> bool:
     """Return whether all files that a mark lists are there with their sizes."""
     files = mark.files
     return files is not None and all(
@@ -230,16 +230,16 @@ def listing(folder: Path, editable: Collection[str]) -> dict[str, tuple[int, str
     return files
 
 
-def read_mark(folder: Path) -> Mark | None:
+def read_mark(folder: Path) -> FolderMark | None:
     """Return the mark of a folder, None where there is none of ours."""
     try:
-        mark: Mark = read_json(folder / MARK, Mark)
+        mark: FolderMark = read_json(folder / MARK, FolderMark)
     except (OSError, WrongContent):
         return None
     return mark
 
 
-def write_mark(folder: Path, mark: Mark) -> None:
+def write_mark(folder: Path, mark: FolderMark) -> None:
     """Write the mark of a folder; raises OSError."""
     write_text(folder / MARK, json.dumps({"kind": mark.kind, "files": mark.files}, indent=2) + "\n")
 

@@ -41,7 +41,7 @@ from accel_clip.models.weights import (
     tensors_alone,
     weights_of_tower,
 )
-from accel_clip.network import go_offline_without_hub
+from accel_clip.process.network import go_offline_without_hub
 
 TINY = Path(__file__).parent / "tiny.json"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2

@@ -23,7 +23,7 @@ KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedPreprocessing:
     """What weights expect.
 
     pictures: entries of open_clip's `preprocess_cfg`; quick_gelu: None where nothing is known; origin: who says so.
@@ -34,14 +34,16 @@ class Expected:
     origin: str
 
 
-def expected_by(name: str, pretrained: str) -> Expected:
+def expected_by(name: str, pretrained: str) -> ExpectedPreprocessing:
     """Return what weights expect: those of a tag, or a file's.
 
     name: of the model, as open_clip takes it.
     """
     tags = {tag: get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
     if pretrained in tags:
-        return Expected(chosen(tags[pretrained]), tags[pretrained].get("quick_gelu"), f"open_clip's tag '{pretrained}'")
+        return ExpectedPreprocessing(
+            chosen(tags[pretrained]), tags[pretrained].get("quick_gelu"), f"open_clip's tag '{pretrained}'"
+        )
     file = Path(pretrained)
     beside = described_beside(file)
     if beside is not None:
@@ -51,11 +53,13 @@ def expected_by(name: str, pretrained: str) -> Expected:
     all_quick = bool(tags) and all(tag.get("quick_gelu") for tag in tags.values())
     quick = True if all_quick or is_torch_script(file) else None
     if agree:
-        return Expected(settings[0], quick, f"all of open_clip's weights for {name}: {file.name} does not say")
-    return Expected({}, quick, f"open_clip's default: {file.name} does not say")
+        return ExpectedPreprocessing(
+            settings[0], quick, f"all of open_clip's weights for {name}: {file.name} does not say"
+        )
+    return ExpectedPreprocessing({}, quick, f"open_clip's default: {file.name} does not say")
 
 
-def described_beside(file: Path) -> Expected | None:
+def described_beside(file: Path) -> ExpectedPreprocessing | None:
     """Return what the export or the checkpoint that a file lies in says, None where it lies in neither."""
     for name, keys in (
         ("open_clip_config.json", ("preprocess_cfg", "model_cfg")),
@@ -65,7 +69,7 @@ def described_beside(file: Path) -> Expected | None:
             described = json.loads((file.parent / name).read_text(encoding="utf-8"))
             described = described.get("model", described) if name == "state.json" else described
             pictures, model = (described[key] for key in keys)
-            return Expected(chosen(pictures), bool(model.get("quick_gelu")), str(file.parent / name))
+            return ExpectedPreprocessing(chosen(pictures), bool(model.get("quick_gelu")), str(file.parent / name))
     return None
 
 
@@ -93,7 +97,7 @@ def with_expected(name: str, pretrained: str | None, options: Mapping[str, Any],
     return merged
 
 
-def origin_of(own: Mapping[str, Any], expected: Expected) -> str:
+def origin_of(own: Mapping[str, Any], expected: ExpectedPreprocessing) -> str:
     """Return who says how pictures are prepared."""
     return f"model.options.force_preprocess_cfg ({', '.join(own)}) and {expected.origin}" if own else expected.origin
 

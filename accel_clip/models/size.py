@@ -12,7 +12,7 @@ from open_clip import CoCa, CustomTextCLIP
 
 from accel_clip.config import GIB
 from accel_clip.faults import ConfigError
-from accel_clip.processes import num_local_processes
+from accel_clip.process.accelerator import num_local_processes
 
 
 def require_room(model_config: Mapping[str, Any], what: str) -> None:

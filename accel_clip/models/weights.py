@@ -58,7 +58,7 @@ class WrongWeights(ValueError):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class MatchedWeights:
     """Tensors by the model's names.
 
     prefix: what stood before the names; num_fit: how many have a name of the model's; rest: names that are left out.
@@ -150,7 +150,7 @@ def under(shapes: Shapes, prefix: str) -> dict[str, torch.Size]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def fitted(found: Mapping[str, Tensor], shapes: Shapes) -> Fitted:
+def fitted(found: Mapping[str, Tensor], shapes: Shapes) -> MatchedWeights:
     """Return the tensors of a file whose names, behind the prefix that most have, are parts of a model."""
     tensors = {without_wrappers(name, shapes): tensor for name, tensor in found.items()}
     prefix = common_prefix(tensors, shapes)
@@ -160,7 +160,7 @@ def fitted(found: Mapping[str, Tensor], shapes: Shapes) -> Fitted:
     parts = {name.partition(".")[0] for name in shapes}
     kept = {name: tensor for name, tensor in named.items() if name.partition(".")[0] in parts}
     rest = [name for name in tensors if not name.startswith(prefix)] + [name for name in named if name not in kept]
-    return Fitted(kept, prefix, sum(name in shapes for name in kept), rest)
+    return MatchedWeights(kept, prefix, sum(name in shapes for name in kept), rest)
 
 
 def without_wrappers(name: str, shapes: Shapes) -> str:

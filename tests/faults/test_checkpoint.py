@@ -39,7 +39,7 @@ from accel_clip.checkpoint.write import STAGES, prune, write
 from accel_clip.faults import ConfigError, StorageError
 from accel_clip.files.names import DRAFT, beside
 from accel_clip.optim.optimizers import timm_names
-from accel_clip.processes import forget_previous_accelerator
+from accel_clip.process.accelerator import forget_previous_accelerator
 
 CPU = torch.device("cpu")
 STATE = {"step": 3, "best": None, "counts": [1, 2], "caption": "一只猫", "third": 1 / 3}

@@ -25,10 +25,10 @@ from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
-from accel_clip.data.sources import shard_reader
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
-from accel_clip.data.sources.shards import TarShards
+from accel_clip.data.sources.shards import reader as shard_reader
+from accel_clip.data.sources.shards.local import TarShards
 
 BATCH, NUM_SHARDS, SAMPLES_A_SHARD = 12, 6, 20
 
@@ -192,7 +192,7 @@ from pathlib import Path
 
 import torch
 from accel_clip import LOSSES
-from accel_clip.data.sources import shard_reader
+from accel_clip.data.sources.shards import reader as shard_reader
 
 shard_reader.MOST_OPEN_FILES = 2  # so that shards must be opened anew
 

@@ -29,16 +29,16 @@ from accel_clip.command_line import load_config, parse_config, save_config
 from accel_clip.config import Config, DataConfig, ModelConfig, SourceConfig
 from accel_clip.data.bad_samples import BadSample, BadSampleLog, UnusableSample
 from accel_clip.data.captions import choose_caption
-from accel_clip.data.decode import decode_picture
-from accel_clip.data.sources import delimited
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
-from accel_clip.data.sources.tar_index import build_index, load_index, pack
-from accel_clip.export import exported_model, write_export
+from accel_clip.data.sources.shards.tar_index import build_index, load_index, pack
+from accel_clip.data.sources.tables import delimited
 from accel_clip.faults import AccelClipError, ConfigError, DataError
 from accel_clip.models.build import build_model, tensors_alone
+from accel_clip.models.export import exported_model, write_export
 from accel_clip.redaction import masked, printable, refuse_credentials
-from accel_clip.run_folder import RunFolder
+from accel_clip.run.folder import RunFolder
 
 PACKAGE = ROOT / "accel_clip"
 TOKEN = "hf_CANARYcanaryCANARYcanaryCANARYcanary"

@@ -27,19 +27,19 @@ from accel_clip.checkpoint.find import find_best, find_newest, find_whole, open_
 from accel_clip.checkpoint.folders import BEST, newest_first, point
 from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, make_manifest, verify
 from accel_clip.checkpoint.restore import restore_random
+from accel_clip.checkpoint.saved_state import SavedState
+from accel_clip.commands.plots import read_points
 from accel_clip.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from accel_clip.data.feature_cache import FeatureCache
-from accel_clip.data.picture_cache import PictureCache
+from accel_clip.data.caches.features import FeatureCache
+from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.sources.resolve import open_labelled, open_source
-from accel_clip.data.sources.shards import written_sizes
-from accel_clip.data.sources.tar_index import build_index, load_index, pack, side_files
-from accel_clip.export import read_metrics
+from accel_clip.data.sources.shards.local import written_sizes
+from accel_clip.data.sources.shards.tar_index import build_index, load_index, pack, side_files
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.marked import read_mark
-from accel_clip.plots import read_points
-from accel_clip.resume import is_finished
-from accel_clip.run_folder import RunFolder
-from accel_clip.saved_state import SavedState
+from accel_clip.models.export import read_metrics
+from accel_clip.run.folder import RunFolder
+from accel_clip.run.resume import is_finished
 from accel_clip.trainer import train
 from accel_clip.typed_json import WrongContent, read_json
 

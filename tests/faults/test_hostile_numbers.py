@@ -14,7 +14,7 @@ from PIL import Image
 
 from accel_clip.command_line import hints_with_ranges, known_keys, load_config, parse_config, save_config
 from accel_clip.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig
-from accel_clip.data.decode import decode_picture
+from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.faults import ConfigError
 from accel_clip.typed import Range, WrongValue, fit, range_of, shown
 

@@ -27,8 +27,8 @@ from accel_clip.data.sources import rows
 from accel_clip.data.sources.base import SOURCES, Pair
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.faults import ConfigError
-from accel_clip.inputs import Inputs
 from accel_clip.registry import Entry
+from accel_clip.run.inputs import Inputs
 
 NUM_PAIRS = 12
 

@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 from test_resume import assert_same_end, config_for, data, run_to_the_end, run_until, uninterrupted
 
 from accel_clip import Config, train
-from accel_clip.check import check_files
 from accel_clip.cli import dispatch
+from accel_clip.commands.export import export_run
+from accel_clip.commands.plots import plot_curves, plot_run
 from accel_clip.config import CheckpointConfig, StopConfig
-from accel_clip.export import export_run
 from accel_clip.faults import ConfigError
-from accel_clip.plots import plot_curves, plot_run
-from accel_clip.run_folder import RunFolder
+from accel_clip.run.folder import RunFolder
+from accel_clip.run.preconditions import check_files
 
 __all__ = ["data", "uninterrupted"]
 

@@ -22,15 +22,17 @@ from test_shards import numbered, write_tar
 from web import rudely_served
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources import connections, remote_shards, tar_headers
+from accel_clip.data.sources import connections
 from accel_clip.data.sources.answers import LeadsNowhere, address_in, seconds_of, start_of_part, version_of
-from accel_clip.data.sources.base import Stream
+from accel_clip.data.sources.base import SourceOptions, Stream
 from accel_clip.data.sources.connections import Patience
-from accel_clip.data.sources.remote import RemoteFile
-from accel_clip.data.sources.remote_shards import open_remote_shards
-from accel_clip.data.sources.resolve import SourceOptions, locate
+from accel_clip.data.sources.remote_file import RemoteFile
+from accel_clip.data.sources.resolve import locate
+from accel_clip.data.sources.shards import remote as remote_shards
+from accel_clip.data.sources.shards import tar_headers
+from accel_clip.data.sources.shards.remote import open_remote_shards
 from accel_clip.faults import AccelClipError, ConfigError, DataError
-from accel_clip.signals import Interruptible
+from accel_clip.process.signals import Interruptible
 
 OK = b"HTTP/1.1 200 OK\r\n"
 PLAIN = OK + b"\r\n"

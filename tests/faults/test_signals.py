@@ -14,13 +14,13 @@ import pytest
 from commands import ROOT
 from patience import HANG_SECONDS
 
-from accel_clip.signals import StopAsked, StopSignals, following_launcher, has_launcher
+from accel_clip.process.signals import StopAsked, StopSignals, following_launcher, has_launcher
 
 RUNS_STEPS = """
 import sys, time
-from accel_clip import signals as module
+from accel_clip.process import signals as module
 from accel_clip.cli import guarded
-from accel_clip.signals import StopSignals
+from accel_clip.process.signals import StopSignals
 
 module.SECONDS_BEFORE_INSISTING = {insisting}
 
@@ -225,7 +225,7 @@ def test_a_wait_that_raises_is_left_at_once_also_when_somebody_asked_before() ->
 
 SWALLOWS = """
 import sys, time
-from accel_clip import signals
+from accel_clip.process import signals
 from accel_clip.cli import guarded
 
 signals.SECONDS_TO_HEAR = 1.0
@@ -309,7 +309,7 @@ import os, sys, time
 import torch
 from torch.utils.data import DataLoader
 from accel_clip.data.workers import ignore_interrupt
-from accel_clip.signals import StopSignals
+from accel_clip.process.signals import StopSignals
 
 
 class Slow(torch.utils.data.Dataset):

@@ -12,7 +12,7 @@ import pytest
 from commands import ROOT, losses_of, small_model
 from patience import HANG_SECONDS
 
-from accel_clip.terminal import lasting_output
+from accel_clip.process.terminal import lasting_output
 
 SAYS = """
 import logging, sys, warnings

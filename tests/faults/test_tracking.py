@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from accel_clip import Config, train
 from accel_clip.config import DataConfig, EvalConfig, ModelConfig, TrackConfig, TrainConfig
 from accel_clip.faults import StorageError
-from accel_clip.run_folder import RunFolder
-from accel_clip.tracking import Tracking
+from accel_clip.run.folder import RunFolder
+from accel_clip.run.tracking import Tracking
 
 FAKE_WANDB = r"""
 import os

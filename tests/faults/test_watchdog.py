@@ -18,15 +18,15 @@ from commands import ROOT, run
 from patience import HANG_SECONDS
 
 from accel_clip.faults import PeerEnded, recognise
-from accel_clip.processes import stay_on_this_machine
-from accel_clip.watchdog import LONG_SECONDS, Watchdog, long_patience
+from accel_clip.process.accelerator import stay_on_this_machine
+from accel_clip.process.watchdog import LONG_SECONDS, Watchdog, long_patience
 
 TWO_PROCESSES = """
 import os, signal, sys, time
 import torch.distributed as distributed
 import torch
 from accel_clip.cli import guarded
-from accel_clip.watchdog import Watchdog
+from accel_clip.process.watchdog import Watchdog
 
 rank = int(os.environ["RANK"])
 
@@ -145,7 +145,7 @@ class Story:
     def __init__(self, told: Callable[[Watchdog], Iterator[float]], monkeypatch: pytest.MonkeyPatch) -> None:
         self.told, self.now, self.computed, self.next = told, 0.0, 0.0, 0.0
         self.ends: list[float] = []
-        monkeypatch.setattr("accel_clip.watchdog.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("accel_clip.process.watchdog.time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(Watchdog, "end", lambda watchdog, silence: self.ends.append(silence))
 
     def happens_to(self, watchdog: Watchdog) -> list[float]:
@@ -212,8 +212,8 @@ def test_a_process_alone_is_given_the_time_in_which_it_computes(monkeypatch: pyt
 def test_the_message_names_what_sets_the_limit_where_it_stands(
     timeout: float, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("accel_clip.watchdog.leave", lambda exit_code: None)
-    monkeypatch.setattr("accel_clip.watchdog.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("accel_clip.process.watchdog.leave", lambda exit_code: None)
+    monkeypatch.setattr("accel_clip.process.watchdog.GRACE_SECONDS", 0.0)
     watchdog = Watchdog(timeout)
     watchdog.patient("encoding")
     watchdog.end(limit + 1)
@@ -232,7 +232,7 @@ import sys, time
 import torch
 from accel_clip.cli import guarded
 from accel_clip.data.workers import Workers
-from accel_clip.watchdog import Watchdog
+from accel_clip.process.watchdog import Watchdog
 
 
 class Hanging(torch.utils.data.Dataset):
@@ -313,7 +313,7 @@ LISTENS = """
 import json, os
 import psutil, torch
 from accel_clip.config import TrainConfig
-from accel_clip.processes import build_accelerator
+from accel_clip.process.accelerator import build_accelerator
 
 accelerator = build_accelerator(TrainConfig())
 accelerator.reduce(torch.ones(10))

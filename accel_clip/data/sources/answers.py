@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx2
 
-from accel_clip.data.sources.shard_names import problem_of_host
+from accel_clip.data.sources.shards.names import problem_of_host
 from accel_clip.faults import one_line
 
 MOST_DIGITS = 18  # of numbers that surely fit in 64 bits

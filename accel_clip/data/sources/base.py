@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from accel_clip.config import SourceConfig
 from accel_clip.registry import Registry
 
 if TYPE_CHECKING:
@@ -14,6 +15,32 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from accel_clip.data.bad_samples import UnusableSample
+
+
+SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+"""Any of these makes a folder a saved dataset."""
+
+
+@dataclass(frozen=True)
+class SourceOptions(SourceConfig):
+    """All settings of one source: those of its item completed by the `data` section's, which every opener receives."""
+
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """column(s) with captions and how often each is shown beside the others; empty = found by the usual names"""
+    encoding: str | None = None
+    """text encoding of tables and captions; null = found"""
+    quoting: str = "auto"
+    """what quotes mean in delimited text: auto, standard or none"""
+    caption_lines: bool | None = None
+    """whether each line of a text beside a picture is a caption; null = unless a blank line is in it"""
+    label_key: str | None = None
+    """column with the label; null = found by the usual names"""
+    needs: str = "captions"
+    """what a table must have beside pictures: captions, or labels"""
+    extra: tuple[str, ...] = ()
+    """columns of numbers that the loss asks for"""
+    index_folder: Path | None = None
+    """where the indexes of shards are kept; None = beside them, for the next start"""
 
 
 @dataclass(frozen=True)

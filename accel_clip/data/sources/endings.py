@@ -1,4 +1,4 @@
-"""The endings by which files of pictures are known, in folders, tables and shards alike."""
+"""The endings by which files of pictures and tables are known, wherever they lie."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".heic", ".heif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".qoi"),
 )
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".json", ".txt", ".token")

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from accel_clip.data.sources.base import SOURCES, Source
-from accel_clip.data.sources.parquet_files import broken_table_errors
-from accel_clip.data.sources.resolve import SAVED_DATASET_FILES
+from accel_clip.data.sources.base import SAVED_DATASET_FILES, SOURCES, Source, SourceOptions
+from accel_clip.data.sources.tables.parquet_files import broken_table_errors
 from accel_clip.faults import DataError
-from accel_clip.network import go_offline_without_hub
+from accel_clip.process.network import go_offline_without_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from accel_clip.data.sources.resolve import SourceOptions
 
 T = TypeVar("T")
 WRITTEN = re.compile(r"(?P<name>.+?)(:(?P<config>[^:/\\\[\]]+))?(:(?P<split>[^:/\\\[\]]+(\[[^\]]*\])?))?")
@@ -163,7 +161,7 @@ def load_saved(folder: Path) -> Dataset:
 
 def source_of(dataset: Dataset, name: str, folder: Path, options: SourceOptions) -> Source:
     """Return the pairs of a dataset's Arrow table, in which pictures are not decoded and classes have names."""
-    from accel_clip.data.sources.table import source_over
+    from accel_clip.data.sources.tables.opening import source_over
 
     return source_over(dataset.data, name, folder, options)
 

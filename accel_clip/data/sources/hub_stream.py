@@ -12,8 +12,7 @@ import httpx2
 import pyarrow
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.base import SOURCES, Pair, Stream, Streamed
-from accel_clip.data.sources.columns import Columns
+from accel_clip.data.sources.base import SOURCES, Pair, SourceOptions, Stream, Streamed
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.hub import (
     Chosen,
@@ -25,17 +24,18 @@ from accel_clip.data.sources.hub import (
     refuse_unpickling,
     saved_folder,
 )
-from accel_clip.data.sources.numbers import numbers_of
-from accel_clip.data.sources.remote import WORTH_ANOTHER_ATTEMPT
-from accel_clip.data.sources.table import TableSource, source_over
+from accel_clip.data.sources.remote_file import WORTH_ANOTHER_ATTEMPT
+from accel_clip.data.sources.tables.columns import Columns
+from accel_clip.data.sources.tables.numbers import numbers_of
+from accel_clip.data.sources.tables.opening import source_over
+from accel_clip.data.sources.tables.table import TableSource
 from accel_clip.faults import DataError
-from accel_clip.network import go_offline_without_hub
+from accel_clip.process.network import go_offline_without_hub
 from accel_clip.redaction import masked
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-    from accel_clip.data.sources.resolve import SourceOptions
 
 ROWS_AT_ONCE = 100
 MOST_SHARDS_OF_SAVED = 64

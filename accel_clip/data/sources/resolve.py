@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accel_clip.config import DataConfig, SourceConfig
-from accel_clip.data.sources.base import SOURCES, Source, Stream
-from accel_clip.data.sources.shard_names import (
+from accel_clip.data.sources.base import SAVED_DATASET_FILES, SOURCES, Source, SourceOptions, Stream
+from accel_clip.data.sources.endings import TABLE_SUFFIXES
+from accel_clip.data.sources.shards.names import (
     find_addresses,
     find_shards,
     means_addresses,
@@ -25,39 +26,15 @@ BUILT_IN = {
     "demo": "accel_clip.data.sources.demo",
     "hf": "accel_clip.data.sources.hub",
     "hf-stream": "accel_clip.data.sources.hub_stream",
-    "karpathy": "accel_clip.data.sources.karpathy_json",
+    "karpathy": "accel_clip.data.sources.tables.karpathy",
 }
 """Registered names of this package, and the modules that register them when they are imported."""
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".json", ".txt", ".token")
-SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 FORMS = (
     f"write a table ({', '.join(TABLE_SUFFIXES)}), tar shards such as shards/{{0000..0041}}.tar or "
     "https://host/{0000..0041}.tar, a folder of pictures, a saved dataset, hf:org/name[:config][:split], "
     "hf-stream:org/name[:config][:split], demo, or name:argument of a registered source"
 )
-
-
-@dataclass(frozen=True)
-class SourceOptions(SourceConfig):
-    """All settings of one source: those of its item completed by the `data` section's, which every opener receives."""
-
-    captions: Mapping[str, float] = field(default_factory=dict)
-    """column(s) with captions and how often each is shown beside the others; empty = found by the usual names"""
-    encoding: str | None = None
-    """text encoding of tables and captions; null = found"""
-    quoting: str = "auto"
-    """what quotes mean in delimited text: auto, standard or none"""
-    caption_lines: bool | None = None
-    """whether each line of a text beside a picture is a caption; null = unless a blank line is in it"""
-    label_key: str | None = None
-    """column with the label; null = found by the usual names"""
-    needs: str = "captions"
-    """what a table must have beside pictures: captions, or labels"""
-    extra: tuple[str, ...] = ()
-    """columns of numbers that the loss asks for"""
-    index_folder: Path | None = None
-    """where the indexes of shards are kept; None = beside them, for the next start"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +69,7 @@ def open_sources(
 def require_columns(sources: Sequence[Source | Stream], columns: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless every source has all columns of numbers that a loss asks for."""
     if columns:
-        from accel_clip.data.sources import numbers
+        from accel_clip.data.sources.tables import numbers
 
         numbers.require_columns(sources, columns)
 
@@ -231,19 +208,19 @@ def open_located(location: Location, options: SourceOptions) -> Source | Stream:
 
             return open_saved(location.path, options)
         case "shards":
-            from accel_clip.data.sources.shards import open_shards
+            from accel_clip.data.sources.shards.local import open_shards
 
             return open_shards(location.name, options)
         case "remote":
-            from accel_clip.data.sources.remote_shards import open_remote_shards
+            from accel_clip.data.sources.shards.remote import open_remote_shards
 
             return open_remote_shards(location.name, options)
         case "folder":
-            from accel_clip.data.sources.folder import open_folder
+            from accel_clip.data.sources.folders.folder import open_folder
 
             return open_folder(location.path, options)
         case _:
-            from accel_clip.data.sources.table import open_table
+            from accel_clip.data.sources.tables.opening import open_table
 
             return open_table(location.path, options)
 

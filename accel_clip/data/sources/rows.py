@@ -18,10 +18,10 @@ from pyarrow import types
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Pair, Source
-from accel_clip.data.sources.caption_files import CaptionFiles
 from accel_clip.data.sources.combine import HasKeys
-from accel_clip.data.sources.shards import TarShards
-from accel_clip.data.sources.table import TableSource
+from accel_clip.data.sources.folders.caption_files import CaptionFiles
+from accel_clip.data.sources.shards.local import TarShards
+from accel_clip.data.sources.tables.table import TableSource
 
 MOST_FILES = 1 << 16
 """files of a source that are looked at, which takes a second"""

@@ -1,0 +1,1 @@
+"""What `accel-clip` does beside training, a module a command."""

@@ -1,0 +1,117 @@
+"""The check itself: settings, names, parts, a sample of the data, speed and disk, each if those before it are sound."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accel_clip.commands.check.advice import warnings_about
+from accel_clip.commands.check.facts import Problem, Report
+from accel_clip.commands.check.settings import read_settings
+from accel_clip.commands.check.traces import without_traces
+from accel_clip.config import Config
+from accel_clip.console import say
+from accel_clip.files.kinds import CONTACT_SHEET
+from accel_clip.files.marked import require_own
+from accel_clip.plugins import load_plugins
+from accel_clip.process.environment import check_environment
+from accel_clip.redaction import refuse_credentials
+from accel_clip.run.preconditions import name_checks, source_checks
+from accel_clip.run.problems import Problems
+from accel_clip.run.resume import check_folder
+
+if TYPE_CHECKING:
+    from accel_clip.commands.check.parts import Parts
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a report is asked for.
+
+    num_samples: of the training pairs to look at; seconds: how long speed is measured, 0 for not at all; num_processes:
+    that will train; sheet: the folder for a page that shows the first pairs, None for none.
+    """
+
+    num_samples: int
+    seconds: float
+    num_processes: int
+    sheet: Path | None = None
+
+
+def check(arguments: list[str], description: str, asked: CheckOptions) -> Report:
+    """Return all that can be known of a run before it starts; nothing that is written stays, but for the page.
+
+    arguments: as for training.
+    """
+    with without_traces() as index_folder:
+        return report_on(arguments, description, asked, index_folder)
+
+
+def report_on(arguments: list[str], description: str, asked: CheckOptions, index_folder: Path) -> Report:
+    """Return the report; the indexes of shards that are made for it go to a folder of their own."""
+    problems = Problems()
+    if asked.sheet is not None:
+        problems.attempt(partial(require_own, asked.sheet, CONTACT_SHEET, "--show"))
+    config = read_settings(arguments, description, problems)
+    check_everything_named(config, problems)
+    if problems.concern("plugins"):
+        return Report(problems=listed(problems), exit_code=problems.exit_code)
+    from accel_clip.commands.check.parts import build_parts  # imports torch
+    from accel_clip.process.accelerator import process_as_found
+
+    with process_as_found():
+        parts = build_parts(config, asked.num_processes, problems, index_folder)
+        if parts is None:
+            return Report(problems=listed(problems), exit_code=problems.exit_code)
+        if asked.sheet is not None and not problems:
+            from accel_clip.commands.check.sheet import write_sheet
+
+            problems.attempt(partial(write_sheet, parts, asked.sheet))
+        return measured(parts, asked.num_samples, asked.seconds, problems)
+
+
+def check_everything_named(config: Config, problems: Problems) -> None:
+    """Take in every folder, file and name that cannot be used; names that plugins register need the plugins."""
+    problems.attempt(partial(check_environment, os.environ, config.train))
+    problems.attempt(partial(refuse_credentials, config.to_dict()))
+    problems.attempt(partial(check_folder, config))
+    for file in config.plugins:
+        problems.attempt(partial(load_plugins, [file]))
+    if problems.concern("plugins"):
+        return
+    for look in source_checks(config):
+        problems.attempt(look)
+    for look in name_checks(config):
+        problems.attempt(look)
+
+
+def measured(parts: Parts, num_samples: int, seconds: float, problems: Problems) -> Report:
+    """Return the report on a run whose parts are there: what they are, then what measuring them shows."""
+    from accel_clip.commands.check import limits, sections
+    from accel_clip.commands.check.speed import measure_speed
+
+    run, model = sections.run_facts(parts), sections.model_facts(parts)
+    known = run.num_pairs
+    number, whole = (num_samples, "the") if known is None else (min(num_samples, known), f"{known:,}")
+    say(f"looking at {number:,} of {whole} training pairs")
+    sample = problems.attempt(partial(sections.take_sample, parts, num_samples))
+    data = None if sample is None else sections.data_facts(parts, sample)
+    if data is not None:
+        problems.attempt(partial(limits.refuse_unusable, data))
+    speed = None
+    if sample is not None and sample.looks and seconds > 0:
+        say(f"measuring loader and step for about {seconds:.0f} seconds")
+        speed = problems.attempt(partial(measure_speed, parts, sample.looks, seconds))
+    disk = problems.attempt(partial(sections.disk_facts, parts, sample))
+    if disk is not None:
+        problems.attempt(partial(limits.refuse_full_disk, disk, parts.config.output_dir))
+    warnings = warnings_about(parts.config, run, model, data, speed, disk)
+    return Report(run, model, data, speed, disk, warnings, listed(problems), problems.exit_code)
+
+
+def listed(problems: Problems) -> list[Problem]:
+    """Return the problems as the report has them."""
+    return [Problem(error.exit_code, str(error)) for error in problems.errors]

@@ -1,0 +1,178 @@
+"""A sample of the training pairs, spread evenly over the data and looked at as the loader does."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy
+from PIL.Image import Image
+from torch import Tensor
+
+from accel_clip.data.bad_samples import UnusableSample, may_be_the_root
+from accel_clip.data.captions import choose_caption, hash_of, is_cut
+from accel_clip.data.examples import numbers_in
+from accel_clip.data.feed import Feed
+from accel_clip.data.pictures.augmentation import training_scale
+from accel_clip.data.pictures.decode import decode_small
+from accel_clip.data.sources.base import Pair, Source, Stream
+from accel_clip.data.sources.combine import Concatenated, origin
+from accel_clip.data.sources.endings import PICTURE_SUFFIXES
+
+SHARDS_TO_LOOK_AT = 4
+CAPTIONS_TO_SHOW, LONGEST_SHOWN = 3, 100  # characters
+MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are looked at then
+
+
+@dataclass(frozen=True)
+class SampledPair:
+    """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption.
+
+    source: the name of the one that it comes from; decoded_size: that of what is decoded of the picture for training;
+    is_file_name: whether the caption is the name of a picture file.
+    """
+
+    source: str
+    caption: str
+    picture_size: tuple[int, int]
+    decoded_size: tuple[int, int]
+    tokens: Tensor
+    is_cut: bool
+    picture_hash: int
+    caption_hash: int
+    numbers: dict[str, Tensor]
+    is_file_name: bool
+
+
+@dataclass
+class Sample:
+    """What was found: the usable pairs, and the unusable ones by reason, of each the first with its index."""
+
+    num_looked_at: int = 0
+    looks: list[SampledPair] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[int, str]] = field(default_factory=dict)
+    num_missing_files: int = 0
+    seconds: float = 0.0
+
+    def take_unusable(self, source: Source, index: int, problem: UnusableSample) -> None:
+        """Count an unusable pair, and keep the one of its reason that stands first in the data."""
+        self.unusable[problem.reason] += 1
+        self.num_missing_files += may_be_the_root(problem)
+        within, row = origin(source, index)
+        where = f"{problem.path or within.name}, sample {row}"
+        found = index, " ".join(f"{where}: {problem.detail}".split())
+        self.first[problem.reason] = min(found, self.first.get(problem.reason, found))
+
+    def captions(self) -> dict[str, list[str]]:
+        """Return the first few captions of each source, on one line each, the end of a long one left out."""
+        shown: dict[str, list[str]] = {}
+        for look in self.looks:
+            found = shown.setdefault(look.source, [])
+            if len(found) < CAPTIONS_TO_SHOW:
+                end = f" [cut after {len(look.tokens)} tokens]" if look.is_cut else ""
+                found.append(textwrap.shorten(look.caption, LONGEST_SHOWN, placeholder=" …") + end)
+        return shown
+
+    def num_repeated(self, kind: str) -> int:
+        """Return how many pairs show a picture, or a caption, that one before them shows."""
+        return len(self.looks) - len({getattr(look, f"{kind}_hash") for look in self.looks})
+
+
+@dataclass(frozen=True)
+class PairSampler:
+    """Looks at pairs as the loader does; `size` is the model's, width and height in pixels."""
+
+    source: Source
+    tokenizer: Callable[..., Tensor]
+    size: tuple[int, int]
+    seed: int
+    max_pixels: float
+
+    def look_at(self, index: int) -> SampledPair:
+        """Return what a pair is in the first epoch; raises `UnusableSample` where the loader does."""
+        pair = self.source[index]
+        caption = choose_caption(pair.captions, self.seed, 0, index, pair.weights)
+        picture_size, decoded_size = self.sizes_of(pair.image)
+        tokens = self.tokenizer([caption])[0]
+        return SampledPair(
+            origin(self.source, index)[0].name,
+            caption,
+            picture_size,
+            decoded_size,
+            tokens,
+            is_cut(caption, tokens, self.tokenizer),
+            hash_of("picture", self.source.key(index)),
+            hash_of("caption", caption),
+            numbers_in(pair),
+            PurePosixPath(caption).suffix.lower() in PICTURE_SUFFIXES,
+        )
+
+    def sizes_of(self, image: Image | bytes | Path) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return a picture's width and height, and those at which it is decoded; raises `UnusableSample`."""
+        sizes: list[tuple[int, int]] = []
+
+        def scale_for(width: int, height: int, spare: float) -> int:
+            sizes.append((width, height))
+            return training_scale(self.size, width, height, spare)
+
+        decoded = decode_small(image, self.max_pixels, scale_for)
+        return sizes[0], decoded.size
+
+
+class Beginning:
+    """The first pairs of a stream, as a source that knows its pairs; they come from up to four of its shards."""
+
+    def __init__(self, stream: Stream, num_samples: int) -> None:
+        self.name = stream.name
+        num_shards = min(stream.num_shards, SHARDS_TO_LOOK_AT)
+        heads = (islice(stream.read(shard, 0), -(-num_samples // num_shards)) for shard in range(num_shards))
+        self.items = [item for head in heads for item in head]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = self.items[index].pair
+        if isinstance(pair, UnusableSample):
+            raise pair
+        return pair
+
+    def key(self, index: int) -> str:
+        """Return the key that the stream gives the picture."""
+        return self.items[index].key
+
+
+def known_part(feed: Feed, num_samples: int) -> Source:
+    """Return the pairs that can be fetched by their number, and the beginnings of streams."""
+    sources: list[Source] = [] if feed.fetched is None else [feed.fetched.source]
+    sources += [Beginning(part.stream, max(1, num_samples // len(feed.parts))) for part in feed.streams]
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def look_at_sample(looker: PairSampler, num_samples: int) -> Sample:
+    """Return what a sample of a source holds; smaller than asked for where decoding takes too long."""
+    sample = Sample()
+    start = time.perf_counter()
+    for index in spread(len(looker.source), num_samples):
+        try:
+            sample.looks.append(looker.look_at(index))
+        except UnusableSample as problem:
+            sample.take_unusable(looker.source, index, problem)
+        sample.num_looked_at += 1
+        sample.seconds = time.perf_counter() - start
+        if sample.seconds > MOST_SECONDS:
+            break
+    return sample
+
+
+def spread(num_pairs: int, num_samples: int) -> list[int]:
+    """Return indices that are spread evenly, in an order of which every beginning is spread too."""
+    number = min(num_pairs, num_samples)
+    even = numpy.arange(number) * num_pairs // number
+    return numpy.random.Generator(numpy.random.PCG64(0)).permutation(even).tolist()

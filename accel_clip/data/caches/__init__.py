@@ -1,0 +1,1 @@
+"""What is computed once of the training data, and kept on disk."""

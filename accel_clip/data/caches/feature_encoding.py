@@ -1,0 +1,224 @@
+"""The features of a frozen tower for all training data, encoded once by all processes together.
+
+1. Find the different pictures or captions, by hash, and of which the features are on disk already, and no file has
+   changed since; those that could not be used are tried again.
+2. Cut the others into chunks; chunk c goes to process c % num_processes.
+3. In each round every process encodes a chunk as the training step does and fills it up with zeros; the rows of all
+   are gathered, and the first process writes them, and those that are known (`feature_cache.py`).
+4. All processes map the finished files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from accel_clip.console import say
+from accel_clip.data.bad_samples import UnusableSample
+from accel_clip.data.caches.features import FeatureCache, FeatureWriter
+from accel_clip.data.caches.folder import Fingerprint
+from accel_clip.data.caches.items import DifferentPictures, Items, Plan, load, plan_cache, say_unusable
+from accel_clip.data.captions import hash_of
+from accel_clip.data.pictures.augmentation import evaluation_pixels
+from accel_clip.data.pictures.decode import decode_picture
+from accel_clip.data.sources.base import Source
+from accel_clip.data.workers import Workers
+from accel_clip.faults import ConfigError, DataError, StorageError
+from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.build import ClipModel
+from accel_clip.models.names import matches
+from accel_clip.models.towers import length_groups, text_chunks
+from accel_clip.process.signals import StopAsked
+from accel_clip.process.waiting import UNWATCHED, Lookout, unheard
+
+MOST_ROWS = 256  # that one worker loads for a forward pass: a larger one is no faster
+COST_OF_A_GROUP = 256  # tokens: what a group of captions of one length costs beside its own
+NOUNS = {"image": "pictures", "text": "captions"}
+
+
+@dataclass(frozen=True)
+class FrozenTower:
+    """A tower that is not trained, and everything that its features depend on.
+
+    side: image or text; model: the wrapped model, called as the step calls it; rows: the most that go through at once.
+    """
+
+    side: str
+    accelerator: Accelerator
+    wrapped: nn.Module
+    model: ClipModel
+    anatomy: Anatomy
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.side not in self.anatomy.frozen:
+            raise ConfigError(
+                f"train.cache_features: the {self.side} tower of this model cannot be run alone: leave it away"
+            )
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return unit-norm features [b, D] of uint8 pictures [b, 3, H, W] or of tokens [b, L], as in training."""
+        if self.side == "image":
+            return self.forward(inputs)
+        if not self.anatomy.trims:
+            return self.forward([inputs])
+        [rows] = text_chunks(inputs, len(inputs), self.anatomy.end)
+        features = self.forward(length_groups(inputs[rows], COST_OF_A_GROUP, self.anatomy.end))
+        return features[rows.argsort().to(features.device)]
+
+    def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """Return the features that the wrapped model gives, without a graph and without waiting for other processes."""
+        given = {self.side: send_to_device(inputs, self.accelerator.device, non_blocking=True)}
+        with torch.no_grad(), self.accelerator.no_sync(self.wrapped):
+            return self.wrapped(**given)[f"{self.side}_features"].float()
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what tells this tower from another one."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.model.clip.state_dict().items()):
+            if matches(self.side, name):
+                weights.update(name.encode())
+                weights.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return {
+            "weights": weights.hexdigest(),
+            "architecture": json.dumps(self.model.model_config, sort_keys=True, default=str),
+            "preprocessing": json.dumps(self.model.preprocess_config, sort_keys=True, default=str),
+            "precision": str(self.accelerator.mixed_precision),
+        }
+
+
+class DifferentCaptions(Items):
+    """The captions of a source: tokens, int [L] each, equal captions once; all pairs are read to find them."""
+
+    def __init__(
+        self, source: Source, tokenizer: Callable[[list[str]], Tensor], beat: Callable[[str], object] = unheard
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        found = numpy.array(list(hashed_captions(source, beat)), numpy.int64).reshape(-1, 3)
+        self.keys, first = numpy.unique(found[:, 0], return_index=True)
+        self.places = found[first, 1:]
+
+    def load(self, item: int) -> Tensor:
+        """Return the tokens of a caption."""
+        sample, number = self.places[item]
+        return self.tokenizer([self.source[int(sample)].captions[number]])[0]
+
+
+def hashed_captions(source: Source, beat: Callable[[str], object]) -> Iterator[tuple[int, int, int]]:
+    """Yield every caption's hash, its sample, and which of the sample's captions it is."""
+    for sample in range(len(source)):
+        beat("reading captions")
+        with suppress(UnusableSample):  # the loader will meet it again, and says so then
+            for number, caption in enumerate(source[sample].captions):
+                yield hash_of("caption", caption), sample, number
+
+
+def decoded(pixels: Callable[[Image], Tensor], max_pixels: float, image: Image | bytes | Path) -> Tensor:
+    """Return a stored picture as its tower takes it, uint8 [3, H, W]."""
+    return pixels(decode_picture(image, max_pixels))
+
+
+def open_features(
+    tower: FrozenTower,
+    source: Source,
+    max_pixels: float,
+    folder: Path,
+    num_workers: int,
+    lookout: Lookout = UNWATCHED,
+) -> FeatureCache:
+    """Return the features of a frozen tower for all pairs of a source, from disk or encoded now; collective.
+
+    Raises `StorageError` where they cannot be written, or read by every process, and `StopAsked`.
+    """
+    items: Items
+    if tower.side == "image":
+        items = DifferentPictures(
+            source, partial(decoded, evaluation_pixels(tower.model.preprocess_config), max_pixels)
+        )
+    else:
+        items = DifferentCaptions(source, tower.model.tokenizer, lookout.beat)
+    if not len(items):
+        raise DataError(f"data.train: {source.name} holds no usable {NOUNS[tower.side]}")
+    fingerprint = {**tower.fingerprint(), "max_pixels": max_pixels}
+    plan = plan_cache(tower.accelerator, FeatureCache, folder, fingerprint, items, "features")
+    if len(plan.todo):
+        say(f"encoding {len(plan.todo):,} different {NOUNS[tower.side]} once; their features are kept in {folder}")
+        encode_all(tower, items, plan, folder, fingerprint, num_workers, lookout)
+    try:
+        return FeatureCache(folder)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{folder}: {error}: every machine of the run must see output_dir, or leave train.cache_features away"
+        ) from error
+
+
+def encode_all(
+    tower: FrozenTower,
+    items: Items,
+    plan: Plan,
+    folder: Path,
+    fingerprint: Fingerprint,
+    num_workers: int,
+    lookout: Lookout,
+) -> None:
+    """Encode what is planned, each process its share, and write all features; raises `StopAsked` on all processes."""
+    accelerator, num_rows = tower.accelerator, min(tower.rows, MOST_ROWS)
+    width = tower.model.model_config["embed_dim"]
+    writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
+    own_problems: list[tuple[int, UnusableSample]] = []
+    chunks = own_chunks(accelerator, plan.todo, num_rows)
+    tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
+    loaded = load(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
+    for number, items_of_chunk in enumerate(chunks):
+        with suppress(StopAsked):  # the others learn of it where they meet
+            chunk = next(loaded)
+        lookout.meet(accelerator, "encoding")
+        rows = torch.zeros(num_rows, width, device=accelerator.device)
+        if chunk.inputs is not None:
+            rows[chunk.usable] = tower.encode(chunk.inputs)
+        own_problems += [(int(items.keys[items_of_chunk[row]]), each) for row, each in chunk.problems.items()]
+        gathered = accelerator.gather(rows)
+        if writer is not None:
+            writer.append(gathered[: len(plan.todo) - number * len(gathered)])
+    problems = dict(gather_object(own_problems))
+    if writer is not None:
+        complete(writer, items, plan, fingerprint, problems)
+    say_unusable(len(problems), len(items))
+    accelerator.wait_for_everyone()
+
+
+def complete(
+    writer: FeatureWriter,
+    items: Items,
+    plan: Plan,
+    fingerprint: Fingerprint,
+    problems: dict[int, UnusableSample],
+) -> None:
+    """Write the features that are kept behind those that were encoded, unless nothing came of these."""
+    with writer:
+        old = FeatureCache(writer.folder) if len(plan.kept) else None
+        if old is not None:
+            if plan.is_needless(old.unusable, problems):
+                return
+            writer.append_from(old, plan.rows)
+        places = plan.in_order(numpy.arange(len(items)))
+        writer.finish(items.keys, fingerprint, problems, stamps=items.stamps, places=places)
+
+
+def own_chunks(accelerator: Accelerator, todo: numpy.ndarray, num_rows: int) -> list[list[int]]:
+    """Return the items of this process, one chunk a round; in the last round some processes have none."""
+    in_round = num_rows * accelerator.num_processes
+    own = (start + accelerator.process_index * num_rows for start in range(0, len(todo), in_round))
+    return [todo[start : start + num_rows].tolist() for start in own]

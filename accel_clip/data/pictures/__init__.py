@@ -1,0 +1,1 @@
+"""From stored pictures to pixels at the size of the model."""

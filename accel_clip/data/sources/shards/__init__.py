@@ -1,0 +1,1 @@
+"""Pairs in tar shards, on this machine and at addresses."""

@@ -1,0 +1,1 @@
+"""Pairs in the rows of tables, of every format that people have."""

@@ -1,0 +1,91 @@
+"""What can be known before anything is built: every name and every file that the settings mention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from accel_clip.config import Config
+from accel_clip.data.sources.resolve import locate
+from accel_clip.models.description import check_described
+from accel_clip.plugins import load_plugins
+from accel_clip.process.environment import check_environment
+from accel_clip.redaction import refuse_credentials
+from accel_clip.run.resume import check_folder, described_model
+
+Check = Callable[[], object]
+"""One look at one setting; it raises when the setting cannot work, whatever the others are."""
+
+
+def check_files(config: Config) -> None:
+    """Raise for a launch, a model's file, a run folder, a plugin or data that cannot be used; torch is not imported."""
+    check_environment(os.environ, config.train)
+    refuse_credentials(config.to_dict())
+    if described_model(config) is None:  # a run that goes on has it in its checkpoint
+        check_described(config.model)
+    check_folder(config)
+    check_sources(config)
+
+
+def check_sources(config: Config) -> None:
+    """Run the plugins and raise for a source that cannot be found."""
+    load_plugins(config.plugins)
+    for check in source_checks(config):
+        check()
+
+
+def check_names(config: Config) -> None:
+    """Raise `ConfigError` for an unknown loss, tracker, optimizer, schedule or model, before anything is built."""
+    for check in name_checks(config):
+        check()
+
+
+def source_checks(config: Config) -> Iterator[Check]:
+    """Yield a look at every source that the settings name; plugins that register some must have run."""
+    named = {"data.train": config.data.train, "data.val": config.data.val or []}
+    if config.eval.zero_shot is not None:
+        named["eval.zero_shot"] = [config.eval.zero_shot]
+    for setting, items in named.items():
+        for item in items:
+            yield partial(locate, item, setting)
+
+
+def name_checks(config: Config) -> Iterator[Check]:
+    """Yield a look at every name that stands for code; plugins that register some must have run."""
+    from accel_clip.losses.base import build_loss
+    from accel_clip.optim.optimizers import check_optimizer
+    from accel_clip.optim.schedules import check_schedule
+    from accel_clip.run.tracking import check_trackers
+
+    yield partial(build_loss, config.loss)
+    for name in config.track.to:
+        yield partial(check_trackers, [name])
+    yield partial(check_schedule, config.optim)
+    yield partial(check_optimizer, config.optim)
+    from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
+
+    if described_model(config) is not None:
+        return
+    yield partial(registered_name, config.model.name)
+    if config.data.transforms:
+        yield partial(check_transforms, config)
+
+
+def check_transforms(config: Config) -> None:
+    """Raise `ConfigError` for an augmentation that is unknown or does not keep a picture at the model's size."""
+    from open_clip.model import CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg
+
+    from accel_clip.data.pictures.transforms import build_transforms, try_out
+    from accel_clip.models.build import registered_name, resolved_config
+    from accel_clip.process.network import go_offline_without_hub
+
+    name = registered_name(config.model.name)
+    if name.startswith("hf-hub:"):
+        go_offline_without_hub()
+    vision = resolved_config(name, config.model.options)["vision_cfg"]
+    size = vision.get("image_size", CLIPVisionCfg.image_size)
+    transforms = build_transforms(config.data.transforms, size, PreprocessCfg.mean)
+    assert transforms is not None, "they are checked where there are some"
+    try_out(transforms, size)

@@ -1,0 +1,99 @@
+"""A batch cut into the chunks that go through a tower at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel_clip.data.batch import Batch
+from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.towers import length_groups, text_chunks, unique_captions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a process's part of a batch is cut: rows per chunk, and how many of a side's last chunks keep their graph.
+
+    micro_batch_size: rows that go through a tower at once; captions_per_chunk: more than that where all graphs are kept
+    anyway and nothing is drawn, since a chunk costs a gradient of the whole vocabulary; kept: by the side that is
+    trained, image or text; by image for chunks of whole pairs; cost_of_a_group: what a group of captions of nearly
+    equal length costs beside its tokens, in tokens; large where work comes in large pieces.
+    """
+
+    micro_batch_size: int
+    captions_per_chunk: int
+    kept: dict[str, int]
+    cost_of_a_group: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What goes through the model at once: `inputs` by name (image, text), and which items they are, int64 [n].
+
+    Pictures are one tensor, captions a list of groups that may differ in length.
+    """
+
+    inputs: dict[str, Tensor | list[Tensor]]
+    rows: Tensor
+
+    @property
+    def side(self) -> str:
+        """Return image or text; chunks of whole pairs count as image."""
+        return next(iter(self.inputs))
+
+    def is_frozen(self, anatomy: Anatomy) -> bool:
+        """Return whether nothing that this chunk passes through is trained."""
+        return set(self.inputs) <= anatomy.frozen
+
+
+@dataclass(frozen=True)
+class ChunkedBatch:
+    """The chunks of one process's batch. Caption i of the batch is item `text_of_pair[i]` of the text side."""
+
+    chunks: list[Chunk]
+    text_of_pair: Tensor
+
+    def to_pairs(self, name: str, items: Tensor) -> Tensor:
+        """Return one row a pair from one row an item of the output `name`."""
+        return items[self.text_of_pair.to(items.device)] if name == "text_features" else items
+
+    def to_items(self, name: str, rows: Tensor) -> Tensor:
+        """Return the sum over the pairs of each item: how a gradient by pairs becomes one by items."""
+        if name != "text_features":
+            return rows
+        num_items = int(self.text_of_pair.max()) + 1
+        return rows.new_zeros(num_items, *rows.shape[1:]).index_add_(0, self.text_of_pair.to(rows.device), rows)
+
+
+def cut_batch(batch: Batch, anatomy: Anatomy, plan: Plan) -> ChunkedBatch:
+    """Return a batch, on the CPU, in chunks as the plan says, pictures first.
+
+    Where the towers are separate each is cut on its own, unless its features are known: equal captions become one item
+    and captions are sorted by length, so that groups of them are trimmed, as far as that is exact for the model.
+    """
+    everything = torch.arange(len(batch))
+    pieces = everything.split(plan.micro_batch_size)
+    if not anatomy.separate:
+        whole = [Chunk({"image": batch.image[rows], "text": [batch.tokens[rows]]}, rows) for rows in pieces]
+        return ChunkedBatch(whole, everything)
+    chunks, text_of_pair = [], everything
+    if "image_features" not in batch.features:
+        chunks += [Chunk({"image": batch.image[rows]}, rows) for rows in pieces]
+    if "text_features" not in batch.features:
+        tokens, text_of_pair = unique_captions(batch.tokens) if anatomy.deduplicates else (batch.tokens, everything)
+        chunks += caption_chunks(tokens, anatomy, plan)
+    return ChunkedBatch(chunks, text_of_pair)
+
+
+def caption_chunks(tokens: Tensor, anatomy: Anatomy, plan: Plan) -> Iterator[Chunk]:
+    """Yield the chunks of captions; no group has more rows than may go through a tower at once."""
+    if anatomy.trims:
+        for rows in text_chunks(tokens, plan.captions_per_chunk, anatomy.end):
+            groups = length_groups(tokens[rows], plan.cost_of_a_group, anatomy.end)
+            yield Chunk({"text": [part for group in groups for part in group.split(plan.micro_batch_size)]}, rows)
+    else:
+        for rows in torch.arange(len(tokens)).split(plan.captions_per_chunk):
+            yield Chunk({"text": list(tokens[rows].split(plan.micro_batch_size))}, rows)

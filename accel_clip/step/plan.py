@@ -1,0 +1,233 @@
+"""How large a micro-batch is and how many graphs are kept: what this machine's memory allows, found by trying.
+
+1. Try one chunk of each tower, forward and backward, and count the bytes that its graph holds. Without
+   `train.micro_batch_size` the chunk is the process's whole part of the batch, halved until it fits.
+2. All processes take the smallest size that one of them found.
+3. Keep the graphs of as many of the last chunks as the budget holds: `train.activation_gib`, else most of what is free.
+
+The result decides time and memory only: the gradient is the same for every plan, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from accel_clip.config import GIB, TrainConfig
+from accel_clip.console import say
+from accel_clip.faults import ConfigError
+from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.build import ClipModel
+from accel_clip.process.accelerator import num_local_processes
+from accel_clip.randomness import RandomState
+from accel_clip.step.chunks import Plan
+from accel_clip.step.contrastive import unchanged_statistics
+
+SHARE_OF_FREE_MEMORY = {"cpu": 0.5}  # other programs want theirs; on a device the run is alone
+SHARE_ON_A_DEVICE = 0.8
+PROBE_ROWS = (2, 4)  # a graph's size is computed from these; on a CPU too large a trial would swap
+COST_OF_A_GROUP = {"cpu": 32}  # tokens; measured on two cores with 4 layers of width 256
+COST_OF_A_GROUP_ON_A_DEVICE = 8192  # a few hundred kernels, each at least as long as its start takes
+STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float32, which come after the trial
+
+
+@dataclass(frozen=True)
+class ModelTrial:
+    """What a trial needs: the wrapped model, how to make up inputs for it, and where it runs."""
+
+    accelerator: Accelerator
+    wrapped: nn.Module
+    model: ClipModel
+    anatomy: Anatomy
+
+    def inputs(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Return made-up inputs of `rows` rows for each trained side, or for chunks of whole pairs."""
+        device, size = self.accelerator.device, self.model.preprocess_config["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        image = torch.zeros(rows, 3, height, width, dtype=torch.uint8, device=device)
+        text = self.model.tokenizer(["a picture"]).to(device).expand(rows, -1).contiguous()
+        if not self.anatomy.separate:
+            return {"image": {"image": image, "text": [text]}}
+        sides = {"image": image, "text": [text]}
+        return {side: {side: each} for side, each in sides.items() if side not in self.anatomy.frozen}
+
+
+def choose_plan(place: ModelTrial, config: TrainConfig) -> Plan:
+    """Return the plan of a run; collective. Raises `ConfigError` when not even one row, or the size asked for, fits."""
+    whole = config.batch_size // place.accelerator.num_processes
+    asked = config.micro_batch_size
+    rows = largest_that_fits(place, min(asked or whole, whole), may_shrink=asked is None)
+    rows = agreed_minimum(place.accelerator, rows)
+    kept = graphs_within(place, config, rows, whole)
+    cost_of_a_group = COST_OF_A_GROUP.get(place.accelerator.device.type, COST_OF_A_GROUP_ON_A_DEVICE)
+    kept = {side: agreed_minimum(place.accelerator, number) for side, number in kept.items()}
+    keeps_all_captions = not place.anatomy.stochastic and kept.get("text", 0) * rows >= whole
+    plan = Plan(rows, whole if keeps_all_captions else rows, kept, cost_of_a_group)
+    if rows < whole:
+        shown = ", ".join(f"{number} of {side}s" for side, number in plan.kept.items())
+        say(f"micro-batches of {rows} rows; graphs kept between the two passes: {shown or 'none'}")
+        warn_of_batch_norm(place.wrapped)
+    return plan
+
+
+def plan_state(place: ModelTrial, config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Return a plan and what it depends on beside the machine's memory, as plain JSON for a checkpoint."""
+    asked = {key: getattr(config, key) for key in ("micro_batch_size", "activation_gib", "threads")}
+    made_for = {**asked, "num_processes": place.accelerator.num_processes}
+    return {"made_for": made_for, "threads": torch.get_num_threads(), **asdict(plan)}
+
+
+def kept_plan(place: ModelTrial, config: TrainConfig, saved: Mapping[str, Any]) -> Plan | None:
+    """Return the plan in a checkpoint, None when it was made for other settings or no longer fits, which is said."""
+    plan = Plan(**{field.name: saved[field.name] for field in fields(Plan)})
+    same = saved["made_for"] == plan_state(place, config, plan)["made_for"]
+    if same:
+        torch.set_num_threads(saved["threads"])
+    if same and still_fits(place, plan):
+        return plan
+    say("the batch is cut in another way than before: from here on the run is equal to rounding only")
+    return None
+
+
+def largest_that_fits(place: ModelTrial, rows: int, may_shrink: bool) -> int:
+    """Return `rows`, or the first of its halves for which every tower's forward and backward pass fits."""
+    while not fits(place, rows):
+        if not may_shrink:
+            raise ConfigError(f"train.micro_batch_size: {rows} rows do not fit into memory: make it smaller, or null")
+        if rows == 1:
+            raise ConfigError("model.name: not even one row fits into memory: choose a smaller model or image size")
+        rows = (rows + 1) // 2
+    return rows
+
+
+def fits(place: ModelTrial, rows: int) -> bool:
+    """Return whether the graphs of one chunk of each side fit together: tried on a device, computed on a CPU."""
+    device = place.accelerator.device
+    if device.type == "cpu":
+        return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
+    try:
+        for inputs in place.inputs(rows).values():
+            try_chunk(place, inputs)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.get_device_module(device).empty_cache()
+    return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
+
+
+def graphs_within(place: ModelTrial, config: TrainConfig, rows: int, whole: int) -> dict[str, int]:
+    """Return how many chunks of each trained side of a batch of `whole` pairs keep their graph; captions go first.
+
+    The budget is what remains beside the one chunk of each side that is recomputed.
+    """
+    sizes = graph_bytes(place, rows)
+    num_chunks = -(-whole // rows)
+    budget = free_for_graphs(place) if config.activation_gib is None else config.activation_gib * GIB
+    if config.activation_gib is None and sum(sizes.values()) * num_chunks > budget:
+        budget -= sum(sizes.values())
+    kept = {}
+    for side, size in reversed(sizes.items()):
+        kept[side] = num_chunks if size == 0 else max(0, min(num_chunks, int(budget // size)))
+        budget -= kept[side] * size
+    return kept
+
+
+def graph_bytes(place: ModelTrial, rows: int) -> dict[str, int]:
+    """Return the bytes that the graph of one chunk of each trained side holds.
+
+    A line through two small trials: copies of weights in half precision are in every graph, whatever its rows.
+    """
+    few, more = (
+        {side: try_chunk(place, inputs) for side, inputs in place.inputs(number).items()} for number in PROBE_ROWS
+    )
+    per_row = {side: (more[side] - few[side]) / (PROBE_ROWS[1] - PROBE_ROWS[0]) for side in few}
+    return {side: round(few[side] + per_row[side] * (rows - PROBE_ROWS[0])) for side in few}
+
+
+def settle_gradient_buckets(place: ModelTrial) -> None:
+    """Let DDP order its buckets now, by a pass that leaves no trace, and not in the middle of the first steps.
+
+    It orders them anew in the first forward after the first backward, with a collective that the steps of different
+    processes would meet at different moments; and a resumed run would add up in another order than it did.
+    """
+    if place.accelerator.num_processes == 1:
+        return
+    inputs = {name: each for side in place.inputs(1).values() for name, each in side.items()}
+    with leaving_no_trace(place):
+        sum_of(place.wrapped(**inputs)).backward()
+        with place.accelerator.no_sync(place.wrapped):
+            place.wrapped(**inputs)
+
+
+def try_chunk(place: ModelTrial, inputs: dict[str, Any]) -> int:
+    """Return the bytes that the graph of one forward pass holds, after a backward pass through it; leaves no trace."""
+    held: dict[int, int] = {}
+    parameters = {each.data_ptr() for each in place.wrapped.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with leaving_no_trace(place), place.accelerator.no_sync(place.wrapped):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = sum_of(place.wrapped(**inputs))
+        total.backward()
+    return sum(held.values())
+
+
+def sum_of(outputs: dict[str, Tensor]) -> Tensor:
+    """Return a scalar that all outputs are part of."""
+    return torch.stack([each.float().sum() for each in outputs.values() if each.is_floating_point()]).sum()
+
+
+@contextmanager
+def leaving_no_trace(place: ModelTrial) -> Iterator[None]:
+    """Run a block in training mode without leaving gradients, statistics of batch norm, or used random numbers."""
+    before = RandomState(place.accelerator.device)
+    place.wrapped.train()
+    try:
+        with unchanged_statistics(place.wrapped):
+            yield
+    finally:
+        for parameter in place.wrapped.parameters():
+            parameter.grad = None
+        before.restore()
+
+
+def free_for_graphs(place: ModelTrial) -> float:
+    """Return the bytes of memory that graphs may take: a share of what gradients and optimizer state will leave."""
+    device = place.accelerator.device
+    trained = sum(each.numel() for each in place.wrapped.parameters() if each.requires_grad)
+    return SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE) * (free_bytes(device) - STATE_BYTES * trained)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device, or in this machine's memory for one of its processes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // num_local_processes()
+
+
+def still_fits(place: ModelTrial, plan: Plan) -> bool:
+    """Return whether a plan made earlier fits into every process's memory now; collective."""
+    return bool(agreed_minimum(place.accelerator, int(fits(place, plan.micro_batch_size))))
+
+
+def agreed_minimum(accelerator: Accelerator, value: int) -> int:
+    """Return the smallest value of all processes."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).min())
+
+
+def warn_of_batch_norm(model: nn.Module) -> None:
+    """Say once that batch norm makes a model depend on how the batch is cut."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
+        say("warning: batch norm takes its statistics from a micro-batch, so the size of one changes the result")
