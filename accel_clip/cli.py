@@ -101,22 +101,21 @@ def train_command(arguments: list[str], program: str) -> None:
     from accel_clip.command_line import parse_config
 
     config = parse_config(arguments, program, TRAIN_HELP)
-    from accel_clip.run.preconditions import check_files
+    from accel_clip.run.preconditions import prepare
 
-    check_files(config)
-    from accel_clip.run.folder import RunFolder
-    from accel_clip.run.resume import is_finished
+    start = prepare(config)
+    if start.decision.kind == "complete":
+        from accel_clip.run.folder import RunFolder
 
-    folder = RunFolder(config.output_dir)
-    if is_finished(config):
+        folder = RunFolder(config.output_dir)
         if console.is_first_process():
             folder.tidy()
         step = folder.read_status()["step"]
         console.say(f"the run in {config.output_dir} is complete at step {step}: a longer train.steps goes on with it")
         return
-    from accel_clip.trainer import train  # imports torch, so it comes after everything that can end without
+    from accel_clip.trainer import train_from  # imports torch, so it comes after everything that can end without
 
-    result = train(config)
+    result = train_from(start)
     console.say(f"model   {result.export}  (open_clip loads it as 'local-dir:{result.export}')")
     console.say(f"curves  tensorboard --logdir {config.output_dir}")
     console.say(f"next    accel-clip eval --model.name local-dir:{result.export} --data.val YOUR.csv")

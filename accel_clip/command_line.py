@@ -39,10 +39,15 @@ def parse_config(arguments: list[str], program: str, description: str) -> Config
     if any(flag in HELP for flag in flags):
         parser.print_help()
         raise SystemExit(0)
+    return merged(parser, (namespace_of(read_yaml(file), file) for file in files), flags)
+
+
+def merged(parser: ArgumentParser, contents: Iterable[dict[str, Any]], flags: list[str]) -> Config:
+    """Return the settings of defaults, then of every file's content in order, then of flags."""
     try:
         settings = parser.get_defaults()
-        for file in files:
-            settings = parser.parse_object(namespace_of(file), cfg_base=settings)
+        for content in contents:
+            settings = parser.parse_object(content, cfg_base=settings)
         for key, text in given(flags):
             require_64_bits(key, text)
         settings = parser.parse_args([*wrap_list_values(flags)], namespace=settings)
@@ -53,10 +58,20 @@ def parse_config(arguments: list[str], program: str, description: str) -> Config
     return config_from(parser, settings)
 
 
-def load_config(file: Path | str) -> Config:
+def load_config(file: Path) -> Config:
     """Return the settings that a `config.yaml` holds; an error names the file."""
     try:
-        return parse_config(["--config", str(file)], "accel-clip", "")
+        raw = read_settings(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return config_in(raw, file)
+
+
+def config_in(raw: bytes, file: Path) -> Config:
+    """Return the settings that the content of a `config.yaml` says; an error names the file it was read from."""
+    parser = build_parser("accel-clip", "")
+    try:
+        return merged(parser, [namespace_of(yaml_in(raw, file), file)], [])
     except ConfigError as error:
         raise ConfigError(
             f"{file}: {str(error).removeprefix(f'--config {file}: ').removeprefix(f'{file}: ')}"
@@ -216,9 +231,8 @@ def bracket(value: str, hint: Any) -> str:
     return f"[{value}]" if value.startswith("{") else json.dumps([value], ensure_ascii=False)
 
 
-def namespace_of(file: Path) -> dict[str, Any]:
-    """Return a YAML file's settings, its keys checked and its bare values put in lists."""
-    settings = read_yaml(file)
+def namespace_of(settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return what a YAML file holds as settings, its keys checked and its bare values put in lists."""
     require_plain(text for _, text in texts_in(settings, ""))
     hints = known_keys()
     for key, value in flatten(settings, file):
@@ -320,14 +334,26 @@ for side in (UniqueKeyLoader, Dumper):
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return what a YAML file holds; plain data only. Raises `ConfigError` where it cannot be read."""
     try:
-        with file.open("rb") as opened:
-            raw = opened.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise ConfigError(f"--config {file}: it has more than {MOST_BYTES:,} bytes: name a file of settings")
+        return yaml_in(read_settings(file), file)
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+
+
+def read_settings(file: Path) -> bytes:
+    """Return the content of a file of settings, or the beginning of one that is too large for it; raises OSError."""
+    with file.open("rb") as opened:
+        return opened.read(MOST_BYTES + 1)
+
+
+def yaml_in(raw: bytes, file: Path) -> dict[str, Any]:
+    """Return what the content of a YAML file says; plain data only. Raises `ConfigError` for any other."""
+    if len(raw) > MOST_BYTES:
+        raise ConfigError(f"--config {file}: it has more than {MOST_BYTES:,} bytes: name a file of settings")
+    try:
         settings = yaml.load(raw.decode(), Loader=UniqueKeyLoader)
     except RecursionError as error:
         raise ConfigError(f"--config {file}: its values nest too deeply") from error
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a date that the calendar does not have
+    except ValueError as error:  # no UTF-8, or a date that the calendar does not have
         raise ConfigError(f"--config {file}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: {one_line(str(error))}") from error

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from accel_clip.checkpoint.contents import check_run
@@ -28,11 +27,7 @@ from accel_clip.data.caches.features import FeatureCache
 from accel_clip.data.caches.picture_building import open_pictures
 from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import preparation_for
-from accel_clip.data.feed import build_feed
 from accel_clip.data.feed_parts import LoaderRank
-from accel_clip.data.pairs import open_training
-from accel_clip.data.sources.resolve import open_labelled
-from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import (
     INTERRUPTED_EXIT_CODE,
     NonFiniteError,
@@ -43,15 +38,11 @@ from accel_clip.faults import (
     recognised,
 )
 from accel_clip.faults import describe as describe_error
-from accel_clip.losses.base import build_loss, total
+from accel_clip.losses.base import total
 from accel_clip.models.export import ExportedModel, exported_model, model_in, read_metrics, write_export
-from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import clamp_logit_scale, share_running_statistics
 from accel_clip.optim.optimizers import set_learning_rate
-from accel_clip.optim.schedules import build_schedule
 from accel_clip.process.accelerator import (
-    build_accelerator,
-    choose_workers,
     describe_processes,
     known_to_all,
     own_command,
@@ -61,7 +52,6 @@ from accel_clip.process.signals import StopAsked, StopSignals
 from accel_clip.process.terminal import lasting_output
 from accel_clip.process.waiting import Lookout
 from accel_clip.process.watchdog import Watchdog
-from accel_clip.randomness import derive_seed
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.health import (
     WAYS_OUT,
@@ -73,15 +63,11 @@ from accel_clip.run.health import (
 )
 from accel_clip.run.inputs import Inputs
 from accel_clip.run.logbook import Logbook
-from accel_clip.run.preconditions import check_files, check_names
-from accel_clip.run.rebuilding import build_for_run
-from accel_clip.run.resume import is_finished, say_changes
-from accel_clip.run.stopping import check_metric
-from accel_clip.run.timetable import Timetable
-from accel_clip.run.tracking import TRAINING_METRICS, quiet_writer
-from accel_clip.step.assembly import assemble
+from accel_clip.run.parts import build_run
+from accel_clip.run.preconditions import Start, check_names, prepare
+from accel_clip.run.tracking import quiet_writer
 from accel_clip.step.contrastive import ContrastiveStep
-from accel_clip.step.plan import choose_plan, kept_plan, plan_state, settle_gradient_buckets
+from accel_clip.step.plan import choose_plan, kept_plan, plan_state
 from accel_clip.typed import fit
 
 SECONDS_FOR_A_SERVER = 600.0
@@ -108,19 +94,25 @@ def train(config: Config) -> TrainResult:
     Raises the errors of `accel_clip.faults`; nothing is written before everything has been found and built. A run that
     is complete is left as it is. Threads and TF32, which are set for the whole process, are given back at the end.
     """
-    check_files(config)
-    folder = RunFolder(config.output_dir)
+    return train_from(prepare(config))
+
+
+@lasting_output()
+@process_as_found()
+def train_from(start: Start) -> TrainResult:
+    """Train as a start says that has been looked at already, or return where its run ended."""
+    folder = RunFolder(start.config.output_dir)
     if is_first_process():
         folder.tidy()
-    if is_finished(config):
+    if start.decision.kind == "complete":
         return finished_result(folder)
-    check_names(config)
-    say_changes(config)
+    check_names(start.config, start.decision.described)
+    start.decision.say_changes(folder.path)
     with folder.lock:
         if is_first_process() and folder.path.exists():
             folder.own()
         try:
-            trainer = Trainer(config, folder)
+            trainer = Trainer(start, folder)
         except KeyboardInterrupt:
             folder.note_interrupted_start()
             raise
@@ -146,65 +138,29 @@ def timeout_of(config: TrainConfig, num_processes: int, has_streams: bool) -> fl
 class Trainer:
     """The parts of one run and the loop over them."""
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, start: Start, folder: RunFolder) -> None:
+        self.config, self.folder = start.config, folder
         self.command = own_command()  # now, while the launcher that it names is alive
-        self.loss = build_loss(config.loss)
-        self.accelerator = build_accelerator(config.train)
-        self.open_data()
-        self.build_model()
-        self.build_evaluator()
-        self.logbook = Logbook(config, self.accelerator, self.folder, self.num_workers)
+        parts = build_run(start)
+        self.loss, self.accelerator, self.model = parts.loss, parts.accelerator, parts.model
+        self.assembly, self.lacks_weights = parts.assembly, parts.lacks_weights
+        self.sources, self.held_out, self.feed = parts.data.named, parts.data.held_out, parts.data.feed
+        self.timetable, self.schedule, self.num_workers = parts.data.timetable, parts.data.schedule, parts.num_workers
+        self.evaluator = parts.evaluator
+        self.saver = self.build_saver()
+        self.logbook = Logbook(self.config, self.accelerator, self.folder, self.num_workers)
         self.state, self.must_save, self.must_stop = RunState(), False, False
         self.found = self.restore()
         self.build_step()
 
-    def open_data(self) -> None:
-        """Open the sources, hold a part out, and fix the order and the length of the run."""
+    def build_saver(self) -> Saver:
+        """Return what saves the run and puts it back."""
         config = self.config
-        opened = open_training(config.data, self.loss.data_columns())
-        self.held_out = opened.held_out
-        self.sources = {"data.train": opened.source, "data.val": opened.held_out}
-        self.feed = build_feed(opened, config, self.accelerator.num_processes)
-        num_steps = self.feed.num_steps(config.train)
-        self.timetable = Timetable(config, num_steps, self.feed.batches_per_epoch)
-        self.schedule = build_schedule(config.optim, num_steps)
-        self.num_workers = choose_workers(config.data.workers, self.accelerator.device)
-
-    def build_model(self) -> None:
-        """Build the model with the same weights in every process; from here on each draws dropout of its own."""
-        config, accelerator = self.config, self.accelerator
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.model, self.lacks_weights = build_for_run(config, needs_logit_bias=self.loss.requires_bias())
-        freeze(self.model.clip, config.model.freeze)
-        self.assembly = assemble(config, accelerator, self.loss, self.model)
-        settle_gradient_buckets(self.assembly.place)
-        torch.manual_seed(derive_seed(config.seed, "dropout", accelerator.process_index))
         parts = nn.ModuleDict({"clip": self.model.clip, "loss": nn.ParameterList(self.loss.parameters())})
         goes_past = config.train.non_finite == "rollback"
         look = partial(check_run, batches_per_step=config.train.accumulate, is_exact=not goes_past)
         optimizer = self.assembly.optimizer
-        self.saver = Saver(accelerator, self.folder.checkpoints, config.checkpoint, parts, optimizer, look)
-
-    def build_evaluator(self) -> None:
-        """Read the held-out pairs and the labelled pictures; raises `ConfigError` for a metric that is not measured."""
-        config = self.config
-        named = config.eval.zero_shot
-        labelled = None if named is None else open_labelled(named, config.data, config.eval.label_key)
-        self.sources["eval.zero_shot"] = labelled
-        self.evaluator = Evaluator(
-            self.accelerator,
-            self.model,
-            config.eval,
-            held_out=self.held_out,
-            zero_shot=labelled,
-            loss=self.loss,
-            max_pixels=config.data.max_pixels,
-            num_workers=self.num_workers,
-        )
-        watched = config.stop.metric
-        if watched is not None and not watched.startswith("loss/"):
-            check_metric(watched, {*TRAINING_METRICS, *self.evaluator.metric_names()})
+        return Saver(self.accelerator, self.folder.checkpoints, config.checkpoint, parts, optimizer, look)
 
     def restore(self) -> Checkpoint | None:
         """Put the run into the state of its checkpoint and return that, None where there is none."""

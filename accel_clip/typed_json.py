@@ -29,11 +29,19 @@ def read_json(file: Path, kind: Any, most_bytes: int = MOST_BYTES) -> Any:
 def parse_json(raw: bytes, kind: Any, name: str) -> Any:
     """Return what JSON text holds as an annotation says; raises `WrongContent`. name: what the text is called."""
     try:
-        return fit(json.loads(raw), kind, "")
-    except WrongValue as error:
-        raise WrongContent(f"{name}: {str(error).removeprefix(': ')}") from error
+        return fit_json(json.loads(raw), kind, name)
     except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise WrongContent(f"{name} is not JSON: {one_line(error)}") from error
+    except RecursionError as error:
+        raise WrongContent(f"{name}: its values nest too deeply") from error
+
+
+def fit_json(value: Any, kind: Any, name: str) -> Any:
+    """Return what JSON gave as an annotation says; raises `WrongContent`. name: what the text was called."""
+    try:
+        return fit(value, kind, "")
+    except WrongValue as error:
+        raise WrongContent(f"{name}: {str(error).removeprefix(': ')}") from error
     except RecursionError as error:
         raise WrongContent(f"{name}: its values nest too deeply") from error
 

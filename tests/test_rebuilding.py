@@ -231,4 +231,4 @@ def test_a_run_goes_on_without_the_weights_it_began_with(gone: str, tmp_path: Pa
 def test_without_a_checkpoint_missing_weights_are_told(tmp_path: Path) -> None:
     config = Config(str(tmp_path / "run"), model=ModelConfig(small_model(tmp_path), pretrained="gone.pt"))
     with pytest.raises(ConfigError, match=r"'gone\.pt' is no file"):
-        build_for_run(config, needs_logit_bias=False)
+        build_for_run(config.model, None, needs_logit_bias=False)

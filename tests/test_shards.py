@@ -28,7 +28,7 @@ from accel_clip.data.sources.resolve import locate, open_labelled, open_source, 
 from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.data.sources.shards import tar_index
 from accel_clip.data.sources.shards.local import open_shards
-from accel_clip.data.sources.shards.names import expand_braces, find_addresses
+from accel_clip.data.sources.shards.names import expand_braces, find_addresses, find_shards
 from accel_clip.faults import ConfigError, DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -350,13 +350,15 @@ def test_indexes_that_are_for_one_command_alone_leave_no_trace(tmp_path, passes)
     options = SourceOptions(str(folder), captions={"txt": 1.0}, index_folder=tmp_path / "own")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir()))
     for _ in range(2):
-        assert len(open_shards(str(folder), options)) == 6
+        assert len(open_shards(str(folder), find_shards(str(folder)), options)) == 6
     assert len(passes) == 2 and len(list((tmp_path / "own").iterdir())) == 2
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir())) == before
     assert not (tmp_path / "cache").exists()
     opened(folder)  # a training keeps them, and then they are used
     assert len(passes) == 4
-    assert len(open_shards(str(folder), replace(options, index_folder=tmp_path / "other"))) == 6
+    assert (
+        len(open_shards(str(folder), find_shards(str(folder)), replace(options, index_folder=tmp_path / "other"))) == 6
+    )
     assert len(passes) == 4 and not (tmp_path / "other").exists()
 
 

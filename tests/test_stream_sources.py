@@ -32,6 +32,7 @@ from accel_clip.data.sources.remote_file import Patience, RemoteFile, seconds_of
 from accel_clip.data.sources.resolve import open_item, open_source
 from accel_clip.data.sources.shards import local as shards
 from accel_clip.data.sources.shards import remote as remote_shards
+from accel_clip.data.sources.shards.names import find_addresses
 from accel_clip.data.sources.shards.remote import RemoteShards, open_remote_shards
 from accel_clip.faults import ConfigError, DataError
 
@@ -45,7 +46,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def opened(address: str, patience: Patience = AT_ONCE, **settings: Any) -> RemoteShards:
-    return open_remote_shards(address, SourceOptions(address, **settings), patience, AT_ONCE)
+    return open_remote_shards(address, find_addresses(address), SourceOptions(address, **settings), patience, AT_ONCE)
 
 
 def on_disk(item: Path | str, **settings: Any) -> Source:
@@ -209,7 +210,7 @@ def test_captions_are_weighted_by_where_they_come_from_as_on_a_disk(tmp_path):
         (item,) = read(opened(address + "/x.tar", captions={"txt": 2.0, "alt": 2.0}))
         assert (item.pair.captions, item.pair.weights) == (("t", "a", "b"), ())
     options = SourceOptions(str(path), captions={"txt": 3.0, "alt": 1.0})
-    assert shards.open_shards(str(path), options)[0].weights == (3.0, 0.5, 0.5)
+    assert shards.open_shards(str(path), [path], options)[0].weights == (3.0, 0.5, 0.5)
     texts = {"txt": ["t"], "alt": ["a", "b", " "], "none": [], "long": ["l"]}
     assert weighted(texts, weights) == (("t", "a", "b", "l"), (3.0, 0.5, 0.5, 1.0))
 

@@ -269,8 +269,8 @@ def test_the_size_is_that_of_the_model_whatever_sets_it(table: Path) -> None:
     crop = [{"RandomResizedCrop": {"size": 48, "scale": [0.3, 1]}}]
     config = config_for(table, transforms=crop)
     with pytest.raises(ConfigError, match=r"it makes uint8 \[3, 48, 48\] of uint8 \[3, 32, 32\]"):
-        check_names(config)
-    check_names(replace(config, model=replace(config.model, options={"force_image_size": 48})))
+        check_names(config, None)
+    check_names(replace(config, model=replace(config.model, options={"force_image_size": 48})), None)
 
 
 def test_names_are_looked_at_before_a_large_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_names_are_looked_at_before_a_large_model_is_built(monkeypatch: pytest.M
     monkeypatch.setattr("open_clip.create_model", not_called)
     monkeypatch.setattr("open_clip.factory.create_model", not_called)
     with pytest.raises(ConfigError):
-        check_names(Config(data=DataConfig(transforms=["RandAugmen"]), model=ModelConfig("ViT-H-14")))
+        check_names(Config(data=DataConfig(transforms=["RandAugmen"]), model=ModelConfig("ViT-H-14")), None)
 
 
 def test_features_of_pictures_that_change_cannot_be_kept() -> None:

@@ -13,7 +13,7 @@ from accel_clip.checkpoint.saved_state import SavedState
 from accel_clip.checkpoint.snapshot import OPTIMIZER, OPTIMIZER_TENSORS, STATE
 from accel_clip.checkpoint.tensors import unflatten
 from accel_clip.faults import one_line
-from accel_clip.typed_json import WrongContent, read_json
+from accel_clip.typed_json import WrongContent, fit_json, read_json
 
 ContentCheck = Callable[[Checkpoint], None]
 """A look at a checkpoint; it raises `InvalidCheckpoint`."""
@@ -55,7 +55,7 @@ def check_optimizer(file: Path, tensors: Iterable[str]) -> None:
 def read_state(checkpoint: Checkpoint) -> SavedState:
     """Return what a checkpoint holds beside weights, optimizer and random states; raises `InvalidCheckpoint`."""
     try:
-        state: SavedState = read_json(checkpoint.path / STATE, SavedState)
+        state: SavedState = fit_json(checkpoint.state, SavedState, STATE)
     except WrongContent as error:
         raise InvalidCheckpoint(str(error)) from error
     return state

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
 from accel_clip.files.whole import hash_of
@@ -49,6 +50,15 @@ class Checkpoint:
     step: int
     num_processes: int
     versions: dict[str, str]
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Return what the run stored beside weights and optimizer, read once: whoever changes it copies it first.
+
+        Raises `WrongContent`, and OSError where it cannot be read.
+        """
+        state: dict[str, Any] = read_json(self.path / STATE, dict)
+        return state
 
     def version_changes(self) -> list[str]:
         """Return the libraries that are not what they were, as `torch 2.10.0 is now 2.11.0`."""

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from accel_clip.checkpoint.manifest import Checkpoint
-from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
+from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, random_file
 from accel_clip.checkpoint.tensors import load_optimizer_state, unflatten
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import RandomState
@@ -63,9 +63,11 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the run stored beside weights and optimizer."""
-    state: dict[str, Any] = load_json(checkpoint, STATE)
-    return state
+    """Return what the run stored beside weights and optimizer; raises `ConfigError` where it is no JSON object."""
+    try:
+        return checkpoint.state
+    except WrongContent as error:
+        raise unusable(checkpoint, error) from error
 
 
 def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -78,4 +80,9 @@ def load_json(checkpoint: Checkpoint, name: str) -> Any:
     try:
         return read_json(checkpoint.path / name, dict)
     except WrongContent as error:
-        raise ConfigError(f"{checkpoint.path}: {error}: name another output_dir") from error
+        raise unusable(checkpoint, error) from error
+
+
+def unusable(checkpoint: Checkpoint, error: WrongContent) -> ConfigError:
+    """Return the error that says what is wrong in a checkpoint's file."""
+    return ConfigError(f"{checkpoint.path}: {error}: name another output_dir")

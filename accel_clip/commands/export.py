@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accel_clip.checkpoint.contents import check_run
 from accel_clip.checkpoint.find import find_best, find_whole
-from accel_clip.command_line import load_config
+from accel_clip.command_line import config_in
 from accel_clip.config import ModelConfig
 from accel_clip.console import say
 from accel_clip.faults import ConfigError, DataError
@@ -50,7 +50,8 @@ def export_run(run: Path, to: Path | None) -> Path:
 
 def model_of_run(paths: RunFolder) -> ExportedModel:
     """Return the model of a run from its checkpoints, or from its export where none is left."""
-    watches = paths.holds_run() and load_config(paths.config).stop.metric is not None
+    saved = paths.read_config()
+    watches = saved is not None and config_in(saved, paths.config).stop.metric is not None
     best = find_best(paths.checkpoints, check_run) if watches else None
     checkpoint = best or find_whole(paths.checkpoints, check_run)
     if checkpoint is not None:

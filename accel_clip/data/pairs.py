@@ -12,7 +12,14 @@ from accel_clip.data.held_out import shared_in_words
 from accel_clip.data.overlap import num_shown_in_training
 from accel_clip.data.sources.base import HasHeldOut, Source, Stream
 from accel_clip.data.sources.combine import split_held_out
-from accel_clip.data.sources.resolve import as_one, open_item, open_sources, require_columns
+from accel_clip.data.sources.resolve import (
+    NOT_LOOKED_FOR,
+    Locations,
+    as_one,
+    open_item,
+    open_sources,
+    require_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,17 @@ class PairsOfRun:
     num_shared: int = 0
 
 
-def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None) -> PairsOfRun:
+def open_training(
+    data: DataConfig,
+    extra: tuple[str, ...] = (),
+    index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
+) -> PairsOfRun:
     """Return the data of a run: what is trained on, and `data.val` or a part of `data.train` to measure it on.
 
     extra: columns of numbers that the pairs to train on must bring; index_folder: as in `SourceOptions`.
     """
-    items = [open_item(item, data, extra, index_folder) for item in data.train]
+    items = [open_item(item, data, extra, index_folder, locations) for item in data.train]
     require_columns(items, extra)
     weights = data.source_weights or [1.0] * len(items)
     weighted = list(zip(items, weights, strict=True))
@@ -46,7 +58,7 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: P
     source = as_one([item for item, _ in sources]) if sources else None
     held_out, num_shared = None, 0
     if data.val is not None:
-        held_out = open_held_out(data.val, data, index_folder)
+        held_out = open_held_out(data.val, data, index_folder, locations)
         num_shared = 0 if source is None else num_shown_in_training(source, held_out)
     elif source is not None:
         source, held_out = split_held_out(source, data.val_fraction)
@@ -57,7 +69,12 @@ def open_training(data: DataConfig, extra: tuple[str, ...] = (), index_folder: P
     return PairsOfRun(source, of_sources if are_mixed else None, sum(of_sources), streams, held_out, num_shared)
 
 
-def open_held_out(items: Sequence[str | SourceConfig], data: DataConfig, index_folder: Path | None = None) -> Source:
+def open_held_out(
+    items: Sequence[str | SourceConfig],
+    data: DataConfig,
+    index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
+) -> Source:
     """Return the pairs that `data.val` names; of a source with a held-out part of its own (demo), that part."""
-    source = open_sources(items, data, index_folder=index_folder)
+    source = open_sources(items, data, (), index_folder, locations)
     return source.held_out() if isinstance(source, HasHeldOut) else source

@@ -159,6 +159,15 @@ def stands_whole(place: Path) -> bool:
     return mark is not None and is_whole(place, mark)
 
 
+def will_stand_whole(place: Path) -> bool:
+    """Return whether a folder of ours is in its place with all its files, at the latest once it is settled."""
+    place = place.resolve()
+    if place.exists():
+        return stands_whole(place)
+    left = [path for path in unfinished(place.parent) if place_of(path) == place and state_of(path) != CONDEMNED]
+    return any(stands_whole(path) for path in left if not is_file(path))
+
+
 def is_whole(folder: Path, mark: FolderMark) -> bool:
     """Return whether all files that a mark lists are there with their sizes."""
     files = mark.files

@@ -33,12 +33,22 @@ def freeze(clip: nn.Module, patterns: list[str]) -> None:
     Raises `ConfigError` for a pattern without a match and when nothing is left to train.
     """
     for pattern in patterns:
-        matched = [parameter for name, parameter in clip.named_parameters() if matches(pattern, name)]
-        if not matched:
-            examples = ", ".join([name for name, _ in clip.named_parameters()][:5])
-            raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; names look like {examples}, …")
-        for parameter in matched:
-            parameter.requires_grad_(False)
+        freeze_matching(clip, pattern)
+    require_trained(clip, patterns)
+
+
+def freeze_matching(clip: nn.Module, pattern: str) -> None:
+    """Freeze the parameters that match a pattern; raises `ConfigError` where there are none."""
+    matched = [parameter for name, parameter in clip.named_parameters() if matches(pattern, name)]
+    if not matched:
+        examples = ", ".join([name for name, _ in clip.named_parameters()][:5])
+        raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; names look like {examples}, …")
+    for parameter in matched:
+        parameter.requires_grad_(False)
+
+
+def require_trained(clip: nn.Module, patterns: list[str]) -> None:
+    """Raise `ConfigError` where the patterns that were frozen leave nothing to train."""
     if not any(parameter.requires_grad for parameter in clip.parameters()):
         raise ConfigError(f"model.freeze: {patterns} leaves nothing to train")
 

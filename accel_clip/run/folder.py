@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_clip.command_line import CONFIG_MARK
+from accel_clip.command_line import CONFIG_MARK, read_settings
 from accel_clip.console import is_first_process
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, ConfigError, StorageError
 from accel_clip.files.json import write_json
@@ -57,25 +57,28 @@ class RunFolder:
         """Return the folders that a run may replace or remove, each with the kind that it must be of."""
         return {self.export: EXPORT, self.pictures: PICTURES, **{self.features / side: FEATURES for side in SIDES}}
 
-    def holds_run(self) -> bool:
-        """Return whether a run of ours has begun here; a `config.yaml` alone may be anybody's."""
-        return self.config.is_file() and (self.has_own_config() or "state" in self.read_status())
+    def read_config(self) -> bytes | None:
+        """Return the content of `config.yaml` where a run of ours has begun here, else None: alone it may be anybody's.
 
-    def has_own_config(self) -> bool:
-        """Return whether `config.yaml` begins as a run writes it."""
+        A run's begins with a mark, unless a crash has emptied it. Raises `ConfigError` where it cannot be read.
+        """
+        if not self.config.is_file():
+            return None
         try:
-            with self.config.open("rb") as file:
-                return file.read(len(CONFIG_MARK)) == CONFIG_MARK.encode()
-        except OSError:
-            return False
+            raw = read_settings(self.config)
+        except OSError as error:
+            if "state" not in self.read_status():
+                return None
+            raise ConfigError(f"{self.config}: {error}") from error
+        return raw if raw.startswith(CONFIG_MARK.encode()) or "state" in self.read_status() else None
 
-    def check(self, used: Iterable[Path]) -> None:
+    def check(self, used: Iterable[Path], holds_run: bool) -> None:
         """Raise `ConfigError` when the folder cannot be that of a run, or holds what a run would replace.
 
-        used: those of `places()` that the run with the settings at hand would write.
+        used: those of `places()` that the run with the settings at hand would write; holds_run: one has begun here.
         """
         for file in (self.config, self.metrics, self.status, self.bad_samples):
-            if file.exists() and not self.holds_run():
+            if file.exists() and not holds_run:
                 raise ConfigError(
                     f"output_dir: {self.path} holds {file.name}, and no run has begun there, so it is not known whose "
                     "it is: name another folder or move that away"
@@ -86,8 +89,8 @@ class RunFolder:
             require_own(place, self.places()[place], "output_dir")
         self.check_parent()
 
-    def check_checkpoints(self) -> None:
-        """Raise `ConfigError` where folders are named like checkpoints and are none, or checkpoints were there."""
+    def check_checkpoints(self, holds_run: bool) -> None:
+        """Raise `ConfigError` where folders are named like checkpoints and are none, or those of a run are gone."""
         named = sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
         for path in named:
             if path.name.removeprefix("step-").isdigit() and not any((path / each).exists() for each in OF_CHECKPOINTS):
@@ -95,7 +98,7 @@ class RunFolder:
                     f"output_dir: {path} has the name of a checkpoint and is none: move it away, or name another folder"
                 )
         had_some = (self.checkpoints / "LATEST").is_file() or read_mark(self.checkpoints) is None
-        if self.holds_run() and had_some and not named:
+        if holds_run and had_some and not named:
             raise ConfigError(
                 f"output_dir: {self.path} holds a run, and {self.checkpoints} none of its checkpoints: mount or put "
                 "back what is missing, or name another output_dir to begin anew"

@@ -1,57 +1,85 @@
-"""What can be known before anything is built: every name and every file that the settings mention."""
+"""What can be known before anything is built: the folder, and every name and every file that the settings mention."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
-from accel_clip.config import Config
-from accel_clip.data.sources.resolve import locate
+from accel_clip.checkpoint.saved_state import ModelState
+from accel_clip.config import Config, SourceConfig
+from accel_clip.data.sources.resolve import Locations, as_written, locate
 from accel_clip.models.description import check_described
 from accel_clip.plugins import load_plugins
 from accel_clip.process.environment import check_environment
 from accel_clip.redaction import refuse_credentials
-from accel_clip.run.resume import check_folder, described_model
+from accel_clip.run.problems import Attempts
+from accel_clip.run.resume import Decision, decide
 
 Check = Callable[[], object]
 """One look at one setting; it raises when the setting cannot work, whatever the others are."""
 
 
-def check_files(config: Config) -> None:
-    """Raise for a launch, a model's file, a run folder, a plugin or data that cannot be used; torch is not imported."""
+@dataclass(frozen=True)
+class Start:
+    """All that is known of a run before torch is imported, looked at once."""
+
+    config: Config
+    decision: Decision
+    locations: Locations
+    """where each source is that the settings name"""
+
+
+def prepare(config: Config) -> Start:
+    """Return the start of a run; torch is not imported.
+
+    Raises for a launch, a model's file, a run folder, a plugin or data that cannot be used.
+    """
     check_environment(os.environ, config.train)
     refuse_credentials(config.to_dict())
-    if described_model(config) is None:  # a run that goes on has it in its checkpoint
+    decision = decide(config)
+    if decision.described is None:  # a run that goes on has it in its checkpoint
         check_described(config.model)
-    check_folder(config)
-    check_sources(config)
+    decision.require_allowed()
+    return Start(config, decision, find_sources(config))
 
 
-def check_sources(config: Config) -> None:
-    """Run the plugins and raise for a source that cannot be found."""
+def find_sources(config: Config) -> Locations:
+    """Run the plugins and return where each source is; raises for one that cannot be found."""
     load_plugins(config.plugins)
-    for check in source_checks(config):
+    return locate_sources(config, Attempts())
+
+
+def check_names(config: Config, described: ModelState | None) -> None:
+    """Raise `ConfigError` for an unknown loss, tracker, optimizer, schedule or model, before anything is built.
+
+    described: the model, where a checkpoint has it.
+    """
+    for check in name_checks(config, described):
         check()
 
 
-def check_names(config: Config) -> None:
-    """Raise `ConfigError` for an unknown loss, tracker, optimizer, schedule or model, before anything is built."""
-    for check in name_checks(config):
-        check()
+def locate_sources(config: Config, attempts: Attempts) -> Locations:
+    """Return where each source is that the settings name; plugins that register some must have run."""
+    located = {}
+    for setting, item in named_sources(config):
+        location = attempts.attempt(partial(locate, item, setting))
+        if location is not None:
+            located[setting, as_written(item)] = location
+    return located
 
 
-def source_checks(config: Config) -> Iterator[Check]:
-    """Yield a look at every source that the settings name; plugins that register some must have run."""
+def named_sources(config: Config) -> Iterator[tuple[str, str | SourceConfig]]:
+    """Yield every source that the settings name, with the setting, each once for a setting."""
     named = {"data.train": config.data.train, "data.val": config.data.val or []}
     if config.eval.zero_shot is not None:
         named["eval.zero_shot"] = [config.eval.zero_shot]
     for setting, items in named.items():
-        for item in items:
-            yield partial(locate, item, setting)
+        yield from ((setting, item) for item in {as_written(item): item for item in items}.values())
 
 
-def name_checks(config: Config) -> Iterator[Check]:
+def name_checks(config: Config, described: ModelState | None) -> Iterator[Check]:
     """Yield a look at every name that stands for code; plugins that register some must have run."""
     from accel_clip.losses.base import build_loss
     from accel_clip.optim.optimizers import check_optimizer
@@ -65,7 +93,7 @@ def name_checks(config: Config) -> Iterator[Check]:
     yield partial(check_optimizer, config.optim)
     from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
 
-    if described_model(config) is not None:
+    if described is not None:
         return
     yield partial(registered_name, config.model.name)
     if config.data.transforms:

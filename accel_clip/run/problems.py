@@ -1,4 +1,4 @@
-"""Everything that is wrong, gathered in one go and not one a run."""
+"""What is tried while a run is put together: a start ends with the first error, a check gathers them all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ from accel_clip.faults import AccelClipError, ConfigError, DataError
 T = TypeVar("T")
 
 
-class Problems:
+class Attempts:
+    """Tries one thing after the other, and lets an error rise as it is met."""
+
+    def __len__(self) -> int:
+        """Return how many errors were met before: none."""
+        return 0
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Return what an action returns, None only where an error of it was gathered."""
+        return action()
+
+    def concern(self, setting: str) -> bool:
+        """Return whether one of the errors is about a setting."""
+        return False
+
+
+class Problems(Attempts):
     """The errors that looking at one thing after the other has met, each once."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from accel_clip.checkpoint.saved_state import ModelState
 from accel_clip.checkpoint.storage import FULL
-from accel_clip.config import Config, ModelConfig
+from accel_clip.config import ModelConfig
 from accel_clip.console import say
 from accel_clip.faults import AccelClipError, ConfigError, StorageError, one_line
 from accel_clip.models.build import ClipModel, build_model
@@ -37,28 +37,28 @@ from accel_clip.models.tower_files import IN_FOLDER, placed
 from accel_clip.models.towers import evaluation_mode
 from accel_clip.models.weights import listed
 from accel_clip.randomness import seeded
-from accel_clip.run.resume import described_model
 
 CAPTIONS = ("a photo of two birds", "Ein Frosch, 一只青蛙!")  # to cut into tokens; the first goes through the towers
 LARGEST_DIFFERENCE = 1e-5
 CHECKPOINT = "the model in the run's checkpoint"
 
 
-def build_for_run(config: Config, needs_logit_bias: bool) -> tuple[ClipModel, AccelClipError | None]:
+def build_for_run(
+    config: ModelConfig, described: ModelState | None, needs_logit_bias: bool
+) -> tuple[ClipModel, AccelClipError | None]:
     """Return the model of a run, whose export is known to load, and the error that keeps its first weights from it.
 
-    A run that goes on needs no more than its checkpoint holds: where the weights it began with are gone, its model is
-    built from that, and the error is there for a run whose checkpoints are of no use either.
+    A run that goes on needs no more than its checkpoint holds, `described`: where the weights it began with are gone,
+    its model is built from that, and the error is there for a run whose checkpoints are of no use either.
     """
     try:
-        model, error = build_model(config.model, needs_logit_bias), None
+        model, error = build_model(config, needs_logit_bias), None
     except AccelClipError as problem:
-        described = described_model(config)
         if described is None:
             raise
         say(f"{problem}: going on with the model in the run's checkpoint")
-        model, error = rebuilt(described, config.model), problem
-    prove_export(model, config.model)
+        model, error = rebuilt(described, config), problem
+    prove_export(model, config)
     return model, error
 
 

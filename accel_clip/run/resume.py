@@ -1,23 +1,24 @@
-"""Whether the run in a folder goes on with the settings that are given now."""
+"""What becomes of a run folder with the settings that are given now: a run that begins, goes on, is over or refused."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accel_clip.checkpoint.folders import newest_first
 from accel_clip.checkpoint.saved_state import ModelState
-from accel_clip.command_line import config_of, known_keys, load_config
+from accel_clip.command_line import config_in, config_of, known_keys
 from accel_clip.config import Config
 from accel_clip.console import is_first_process, say
 from accel_clip.faults import ConfigError
 from accel_clip.files.lock import held_error, is_held
-from accel_clip.files.marked import stands_whole
+from accel_clip.files.marked import will_stand_whole
 from accel_clip.run.folder import RunFolder
 from accel_clip.typed_json import WrongContent, read_json
 
@@ -29,35 +30,52 @@ MAY_CHANGE = (
 """Settings, or sections ending in a dot, that decide nothing about the steps that were taken."""
 LENGTHENS = ("train.epochs", "train.steps")
 
+Changes = Mapping[str, tuple[Any, Any]]
+"""Settings that differ by dotted key, each with what it was and what it is now."""
+
 
 @dataclass(frozen=True)
-class WithSettings:
-    """What of a checkpoint's `state.json` tells the settings of its run."""
+class Decision:
+    """What becomes of a run's folder, decided once a start by what it holds before anything is written."""
 
-    config: dict
+    kind: Literal["new", "goes on", "complete", "refused"]
+    """what the run is: one that begins, one in the folder that goes on, or one that is left as it is"""
+    changes: Changes
+    """settings of the run in the folder that are others now, empty without one"""
+    described: ModelState | None
+    """how the newest checkpoint describes the model, None where none is gone on from or none says"""
+    refusal: ConfigError | None = None
+    """why the folder cannot be used, or holds a run that these settings do not continue"""
+
+    def require_allowed(self) -> None:
+        """Raise `ConfigError` where the run is refused."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    def say_changes(self, folder: Path) -> None:
+        """Say which settings of the run in the folder have changed."""
+        changed = [f"{key} {before!r} -> {now!r}" for key, (before, now) in self.changes.items() if key != "output_dir"]
+        if changed:
+            say(f"the run in {folder} goes on with changed settings: {', '.join(changed)}")
 
 
-def check_folder(config: Config) -> None:
-    """Raise `ConfigError` where the run folder cannot be used, or holds a run that these settings do not continue."""
-    folder = RunFolder(config.output_dir)
-    if is_first_process() and is_held(folder.path):
-        raise held_error(folder.path)
-    is_over = is_finished(config)
-    folder.check([] if is_over else written_folders(folder, config))
-    if not is_over:
-        folder.check_checkpoints()
-    if not folder.holds_run():
-        return
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"checkpoint.resume: never, and {folder.path} holds a run: name another output_dir, or remove this one"
-        )
-    for key, (before, now) in differences(settings_of(folder, config), config).items():
-        if not may_change(key):
-            raise ConfigError(
-                f"{key}: {folder.path} holds a run with {before!r}, and now it is {now!r}: set it back to continue "
-                "that run, or name another output_dir to start a new one"
-            )
+def decide(config: Config) -> Decision:
+    """Return what becomes of the folder of a run with these settings; what is read of it is read once."""
+    folder, described = RunFolder(config.output_dir), described_model(config)
+    try:
+        if is_first_process() and is_held(folder.path):
+            raise held_error(folder.path)
+        saved = saved_settings(folder, config)
+        changes = {} if saved is None else differences(saved, config)
+        is_over = saved is not None and is_complete(folder, config, changes)
+        folder.check([] if is_over else written_folders(folder, config), holds_run=saved is not None)
+        if not is_over:
+            folder.check_checkpoints(holds_run=saved is not None)
+        if saved is not None:
+            require_continued(folder, config, changes)
+    except ConfigError as refusal:
+        return Decision("refused", {}, described, refusal)
+    return Decision("new" if saved is None else "complete" if is_over else "goes on", changes, described)
 
 
 def written_folders(folder: RunFolder, config: Config) -> list[Path]:
@@ -70,17 +88,40 @@ def written_folders(folder: RunFolder, config: Config) -> list[Path]:
     return written
 
 
-def settings_of(folder: RunFolder, otherwise: Config) -> Config:
-    """Return the settings of the run in a folder: from its newest checkpoint where a crash has emptied `config.yaml`.
+def require_continued(folder: RunFolder, config: Config, changes: Changes) -> None:
+    """Raise `ConfigError` where the run in the folder cannot be the one that these settings are for."""
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume: never, and {folder.path} holds a run: name another output_dir, or remove this one"
+        )
+    for key, (before, now) in changes.items():
+        if not may_change(key):
+            raise ConfigError(
+                f"{key}: {folder.path} holds a run with {before!r}, and now it is {now!r}: set it back to continue "
+                "that run, or name another output_dir to start a new one"
+            )
 
-    otherwise: what they are taken to be where no checkpoint says.
+
+def saved_settings(folder: RunFolder, otherwise: Config) -> Config | None:
+    """Return the settings of the run in a folder, None without one.
+
+    Those of its newest checkpoint where a crash has emptied `config.yaml`, and `otherwise` where no checkpoint says.
+    Raises `ConfigError` where they cannot be read.
     """
-    if folder.config.stat().st_size:
-        return load_config(folder.config)
+    raw = folder.read_config()
+    if raw is None or raw:
+        return None if raw is None else config_in(raw, folder.config)
     for checkpoint in newest_first(folder.checkpoints):
         with suppress(OSError, WrongContent, ConfigError):
             return config_of(read_json(checkpoint / "state.json", WithSettings).config)
     return otherwise
+
+
+@dataclass(frozen=True)
+class WithSettings:
+    """What of a checkpoint's `state.json` tells the settings of its run."""
+
+    config: dict
 
 
 @dataclass(frozen=True)
@@ -102,23 +143,16 @@ def described_model(config: Config) -> ModelState | None:
     return None
 
 
-def say_changes(config: Config) -> None:
-    """Say which settings of the run in the folder have changed, where it holds one."""
-    folder = RunFolder(config.output_dir)
-    changed = differences(settings_of(folder, config), config) if folder.holds_run() else {}
-    told = [f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items() if key != "output_dir"]
-    if told:
-        say(f"the run in {folder.path} goes on with changed settings: {', '.join(told)}")
+def is_complete(folder: RunFolder, config: Config, changed: Iterable[str]) -> bool:
+    """Return whether the run in the folder is complete, with its export, and the settings do not make it longer.
 
-
-def is_finished(config: Config) -> bool:
-    """Return whether the run in the folder is complete, with its export, and these settings do not make it longer."""
-    folder = RunFolder(config.output_dir)
-    if not folder.holds_run() or folder.read_status().get("state") != "complete":
-        return False
-    changed = differences(settings_of(folder, config), config)
+    changed: the settings that it did not have.
+    """
+    changed = set(changed)
     begins_anew = config.checkpoint.resume != "auto" and "checkpoint.resume" in changed
-    return stands_whole(folder.export) and not begins_anew and not any(key in LENGTHENS for key in changed)
+    if folder.read_status().get("state") != "complete" or begins_anew or changed & set(LENGTHENS):
+        return False
+    return will_stand_whole(folder.export)
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

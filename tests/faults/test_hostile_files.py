@@ -39,7 +39,7 @@ from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.marked import read_mark
 from accel_clip.models.export import read_metrics
 from accel_clip.run.folder import RunFolder
-from accel_clip.run.resume import is_finished
+from accel_clip.run.resume import decide
 from accel_clip.trainer import train
 from accel_clip.typed_json import WrongContent, read_json
 
@@ -280,9 +280,9 @@ def test_random_states_that_are_none_are_left_out(change: str, trained: Path, tm
 def test_a_status_of_another_kind_is_not_complete(text: bytes, trained: Path, tmp_path: Path) -> None:
     copy(trained, tmp_path / "run")
     config = moved(trained, tmp_path, 2)
-    assert is_finished(config)
+    assert decide(config).kind == "complete"
     (tmp_path / "run" / "STATUS.json").write_bytes(text)
-    assert not is_finished(config) and RunFolder(tmp_path / "run").read_status() == {}
+    assert decide(config).kind == "goes on" and RunFolder(tmp_path / "run").read_status() == {}
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=len)

@@ -31,7 +31,7 @@ from accel_clip.commands.plots import plot_curves, plot_run
 from accel_clip.config import CheckpointConfig, StopConfig
 from accel_clip.faults import ConfigError
 from accel_clip.run.folder import RunFolder
-from accel_clip.run.preconditions import check_files
+from accel_clip.run.preconditions import prepare
 
 __all__ = ["data", "uninterrupted"]
 
@@ -196,7 +196,7 @@ def test_a_run_goes_on_when_its_disk_is_back(data: Path, tmp_path: Path, uninter
     checkpoints.rename(tmp_path / "disk")
     checkpoints.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="mount that"):
-        check_files(config)
+        prepare(config)
     (tmp_path / "disk").rename(tmp_path / "elsewhere")
     run_to_the_end(config)
     assert_same_end(config, uninterrupted)

@@ -52,7 +52,8 @@ def tar(tmp_path: Path) -> bytes:
 
 
 def opened(address: str, patience: Patience = LONG) -> Stream:
-    return open_remote_shards(f"{address}/0.tar", SourceOptions("x"), patience, patience)
+    written = f"{address}/0.tar"
+    return open_remote_shards(written, [written], SourceOptions("x"), patience, patience)
 
 
 def every(seconds: float, *first: bytes, then: bytes) -> Iterator[bytes]:

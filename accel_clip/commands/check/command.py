@@ -19,9 +19,9 @@ from accel_clip.files.marked import require_own
 from accel_clip.plugins import load_plugins
 from accel_clip.process.environment import check_environment
 from accel_clip.redaction import refuse_credentials
-from accel_clip.run.preconditions import name_checks, source_checks
+from accel_clip.run.preconditions import Start, locate_sources, name_checks
 from accel_clip.run.problems import Problems
-from accel_clip.run.resume import check_folder
+from accel_clip.run.resume import decide
 
 if TYPE_CHECKING:
     from accel_clip.commands.check.parts import Parts
@@ -55,45 +55,49 @@ def report_on(arguments: list[str], description: str, asked: CheckOptions, index
     problems = Problems()
     if asked.sheet is not None:
         problems.attempt(partial(require_own, asked.sheet, CONTACT_SHEET, "--show"))
-    config = read_settings(arguments, description, problems)
-    check_everything_named(config, problems)
-    if problems.concern("plugins"):
+    start = look_at_everything_named(read_settings(arguments, description, problems), problems)
+    if start is None:
         return Report(problems=listed(problems), exit_code=problems.exit_code)
-    from accel_clip.commands.check.parts import build_parts  # imports torch
+    from accel_clip.commands.check.parts import planned_parts  # imports torch
     from accel_clip.process.accelerator import process_as_found
 
     with process_as_found():
-        parts = build_parts(config, asked.num_processes, problems, index_folder)
+        parts = planned_parts(start, asked.num_processes, problems, index_folder)
         if parts is None:
             return Report(problems=listed(problems), exit_code=problems.exit_code)
         if asked.sheet is not None and not problems:
             from accel_clip.commands.check.sheet import write_sheet
 
             problems.attempt(partial(write_sheet, parts, asked.sheet))
-        return measured(parts, asked.num_samples, asked.seconds, problems)
+        goes_on = start.decision.kind != "new"
+        return measured(parts, goes_on, asked.num_samples, asked.seconds, problems)
 
 
-def check_everything_named(config: Config, problems: Problems) -> None:
-    """Take in every folder, file and name that cannot be used; names that plugins register need the plugins."""
+def look_at_everything_named(config: Config, problems: Problems) -> Start | None:
+    """Return the start of a run after taking in every folder, file and name that cannot be used.
+
+    None where a plugin fails, since names that plugins register need them.
+    """
     problems.attempt(partial(check_environment, os.environ, config.train))
     problems.attempt(partial(refuse_credentials, config.to_dict()))
-    problems.attempt(partial(check_folder, config))
+    decision = decide(config)
+    problems.attempt(decision.require_allowed)
     for file in config.plugins:
         problems.attempt(partial(load_plugins, [file]))
     if problems.concern("plugins"):
-        return
-    for look in source_checks(config):
+        return None
+    locations = locate_sources(config, problems)
+    for look in name_checks(config, decision.described):
         problems.attempt(look)
-    for look in name_checks(config):
-        problems.attempt(look)
+    return Start(config, decision, locations)
 
 
-def measured(parts: Parts, num_samples: int, seconds: float, problems: Problems) -> Report:
+def measured(parts: Parts, goes_on: bool, num_samples: int, seconds: float, problems: Problems) -> Report:
     """Return the report on a run whose parts are there: what they are, then what measuring them shows."""
     from accel_clip.commands.check import limits, sections
     from accel_clip.commands.check.speed import measure_speed
 
-    run, model = sections.run_facts(parts), sections.model_facts(parts)
+    run, model = sections.run_facts(parts, goes_on), sections.model_facts(parts)
     known = run.num_pairs
     number, whole = (num_samples, "the") if known is None else (min(num_samples, known), f"{known:,}")
     say(f"looking at {number:,} of {whole} training pairs")

@@ -17,7 +17,6 @@ from accel_clip.commands.check.sample import PairSampler, Sample, known_part, lo
 from accel_clip.config import GIB
 from accel_clip.data.bad_samples import REASONS
 from accel_clip.models.names import matches
-from accel_clip.run.folder import RunFolder
 from accel_clip.run.timetable import PARTS_WITHOUT_EPOCHS
 from accel_clip.step.plan import STATE_BYTES, free_for_graphs, graph_bytes
 
@@ -25,21 +24,21 @@ BYTES_OF_A_FEATURE = 4
 BYTES_OF_A_PIXEL = 3
 
 
-def run_facts(parts: Parts) -> RunFacts:
-    """Return how long the run is and on what it runs."""
+def run_facts(parts: Parts, goes_on: bool) -> RunFacts:
+    """Return how long the run is and on what it runs; goes_on: the folder holds one, which is continued."""
     config, data = parts.config, parts.data
     num_steps, length = data.schedule.num_steps, data.feed.batches_per_epoch
     steps_per_epoch = None if length is None else length / config.train.accumulate
     steps_between = config.eval.every or steps_per_epoch or num_steps / PARTS_WITHOUT_EPOCHS
     return RunFacts(
         output_dir=config.output_dir,
-        goes_on=RunFolder(config.output_dir).holds_run(),
+        goes_on=goes_on,
         device=parts.accelerator.device.type,
         num_processes=parts.num_processes,
         precision=str(parts.accelerator.mixed_precision),
         num_pairs=data.num_pairs,
         num_held_out=0 if data.held_out is None else len(data.held_out),
-        num_held_out_trained=data.num_shared,
+        num_held_out_trained=data.pairs.num_shared,
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
         steps_per_epoch=steps_per_epoch,

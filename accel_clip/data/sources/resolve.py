@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.sources.base import SAVED_DATASET_FILES, SOURCES, Source, SourceOptions, Stream
@@ -47,6 +48,10 @@ class Location:
     kind: str
     name: str
     argument: str = ""
+    shards: tuple[Path, ...] = ()
+    """the files of shards on a disk, in their order"""
+    addresses: tuple[str, ...] = ()
+    """those of shards at addresses, in their order"""
 
     @property
     def path(self) -> Path:
@@ -54,14 +59,20 @@ class Location:
         return Path(self.name).expanduser()
 
 
+Locations = Mapping[tuple[str, str], Location]
+"""Where sources were found, by the setting that names them and what is written there; others are looked for."""
+NOT_LOOKED_FOR: Locations = MappingProxyType({})
+
+
 def open_sources(
     items: Sequence[str | SourceConfig],
     data: DataConfig,
     extra: tuple[str, ...] = (),
     index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
 ) -> Source:
     """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
-    sources = [open_source(item, data, extra=extra, index_folder=index_folder) for item in items]
+    sources = [open_source(item, data, None, extra, index_folder, locations) for item in items]
     require_columns(sources, extra)
     return as_one(sources)
 
@@ -82,11 +93,15 @@ def as_one(sources: Sequence[Source]) -> Source:
 
 
 def open_item(
-    item: str | SourceConfig, data: DataConfig, extra: tuple[str, ...] = (), index_folder: Path | None = None
+    item: str | SourceConfig,
+    data: DataConfig,
+    extra: tuple[str, ...] = (),
+    index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
 ) -> Source | Stream:
     """Return what an item of `data.train` stands for, which may be a stream; raises as `open_source` does."""
     options = complete(item, data, None, "captions", extra, index_folder)
-    return open_located(locate(item, setting_of(item, data)), options)
+    return open_located(location_of(item, setting_of(item, data), locations), options)
 
 
 def open_source(
@@ -95,6 +110,7 @@ def open_source(
     label_key: str | None = None,
     extra: tuple[str, ...] = (),
     index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
 ) -> Source:
     """Return a source of pictures with captions, and with labels where it has them (`label_key`, or the usual names).
 
@@ -103,16 +119,20 @@ def open_source(
     """
     setting = setting_of(item, data)
     options = complete(item, data, label_key, "captions", extra, index_folder)
-    return map_style(open_located(locate(item, setting), options), setting)
+    return map_style(open_located(location_of(item, setting, locations), options), setting)
 
 
 def open_labelled(
-    item: str | SourceConfig, data: DataConfig, label_key: str | None = None, index_folder: Path | None = None
+    item: str | SourceConfig,
+    data: DataConfig,
+    label_key: str | None = None,
+    index_folder: Path | None = None,
+    locations: Locations = NOT_LOOKED_FOR,
 ) -> Source:
     """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
     setting = "eval.zero_shot"
     options = complete(item, data, label_key, "labels", index_folder=index_folder)
-    return map_style(open_located(locate(item, setting), options), setting)
+    return map_style(open_located(location_of(item, setting, locations), options), setting)
 
 
 def map_style(source: Source | Stream, setting: str) -> Source:
@@ -163,20 +183,28 @@ def weight_by_column(written: Sequence[str] | Mapping[str, float] | str) -> dict
     return dict.fromkeys([written] if isinstance(written, str) else written, 1.0)
 
 
+def as_written(item: str | SourceConfig) -> str:
+    """Return the words of an item that say where its pairs are."""
+    return item.source if isinstance(item, SourceConfig) else item
+
+
+def location_of(item: str | SourceConfig, setting: str, locations: Locations) -> Location:
+    """Return where an item's pairs are: where they were found before, else by a look."""
+    return locations.get((setting, as_written(item))) or locate(item, setting)
+
+
 def locate(item: str | SourceConfig, setting: str = "data.train") -> Location:
     """Return where an item's pairs are, without opening them; raises `DataError` saying what the setting takes."""
-    written = item.source if isinstance(item, SourceConfig) else item
+    written = as_written(item)
     name, _, argument = written.partition(":")
     if name in SOURCES or name in BUILT_IN:
         return Location("registered", name, argument)
     refuse_address(written, setting)
     if means_addresses(written):
-        find_addresses(written, setting)
-        return Location("remote", written)
+        return Location("remote", written, addresses=tuple(find_addresses(written, setting)))
     path = Path(written).expanduser()
     if written and means_shards(written):
-        find_shards(written, setting)
-        return Location("shards", written)
+        return Location("shards", written, shards=tuple(find_shards(written, setting)))
     if not written or not path.exists():
         raise DataError(f"{setting}: nothing is found under '{written}'{suggestion(name, path)} {FORMS}")
     if path.is_dir():
@@ -210,11 +238,11 @@ def open_located(location: Location, options: SourceOptions) -> Source | Stream:
         case "shards":
             from accel_clip.data.sources.shards.local import open_shards
 
-            return open_shards(location.name, options)
+            return open_shards(location.name, location.shards, options)
         case "remote":
             from accel_clip.data.sources.shards.remote import open_remote_shards
 
-            return open_remote_shards(location.name, options)
+            return open_remote_shards(location.name, location.addresses, options)
         case "folder":
             from accel_clip.data.sources.folders.folder import open_folder
 

@@ -25,7 +25,6 @@ from accel_clip.data.bad_samples import WITHOUT_PICTURE, UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.sources.base import Pair, SourceOptions
 from accel_clip.data.sources.shards.member_names import words_named, words_of_endings
-from accel_clip.data.sources.shards.names import find_shards
 from accel_clip.data.sources.shards.reader import ShardReader
 from accel_clip.data.sources.shards.samples import Samples, endings_by_stem, joined, regrouped, samples_of
 from accel_clip.data.sources.shards.tar_index import TarIndex, index_all
@@ -138,13 +137,13 @@ class TarShards:
         return self.reader.read(self.shard_of(index), offset, num_bytes)
 
 
-def open_shards(written: str, options: SourceOptions) -> TarShards:
+def open_shards(written: str, paths: Sequence[Path], options: SourceOptions) -> TarShards:
     """Return the pairs of tar shards, and say on the console which shards are cut short.
 
-    Raises `DataError` for shards that are missing or hold no samples, `ConfigError` for members that are not there.
+    written: what the user calls them. Raises `DataError` for shards without samples, `ConfigError` for members that are
+    not there.
     """
     require_text_encoding(options.encoding)
-    paths = find_shards(written)
     captions, labels = text_rules(options)
     rule = captions or labels
     assert rule is not None

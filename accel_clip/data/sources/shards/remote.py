@@ -22,7 +22,6 @@ from accel_clip.data.sources.base import Pair, SourceOptions, Streamed
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.remote_file import RemoteFile
 from accel_clip.data.sources.shards.member_names import key_and_ending, stem_and_ending, words_named, words_of_endings
-from accel_clip.data.sources.shards.names import find_addresses
 from accel_clip.data.sources.shards.tar_headers import BLOCK_BYTES, Archive, ForwardFile, Member, padded
 from accel_clip.data.sources.shards.tar_index import COMPRESSED
 from accel_clip.data.sources.shards.texts import (
@@ -234,16 +233,18 @@ def problem_of(archive: Archive, address: str) -> UnusableSample | None:
 
 def open_remote_shards(
     written: str,
+    addresses: Sequence[str],
     options: SourceOptions,
     patience: Patience | None = None,
     patience_at_start: Patience = PATIENCE_AT_START,
 ) -> RemoteShards:
     """Return a stream of the pairs in tar shards at addresses, after a look at the beginning of the first one there is.
 
-    Raises `DataError` when none can be read, `ConfigError` for members that are not there.
+    written: what the user calls them. Raises `DataError` when none can be read, `ConfigError` for members that are not
+    there.
     """
     require_text_encoding(options.encoding)
-    addresses, name = find_addresses(written), masked(written)
+    name = masked(written)
     encodings = text_encodings(options.encoding)
     captions, labels = text_rules(options)
     rule = captions or labels
