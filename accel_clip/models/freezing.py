@@ -27,18 +27,8 @@ class HasTotal(Protocol):
         ...
 
 
-def freeze(clip: nn.Module, patterns: list[str]) -> None:
-    """Freeze the parameters that match `image`, `text` or a name pattern.
-
-    Raises `ConfigError` for a pattern without a match and when nothing is left to train.
-    """
-    for pattern in patterns:
-        freeze_matching(clip, pattern)
-    require_trained(clip, patterns)
-
-
-def freeze_matching(clip: nn.Module, pattern: str) -> None:
-    """Freeze the parameters that match a pattern; raises `ConfigError` where there are none."""
+def freeze(clip: nn.Module, pattern: str) -> None:
+    """Freeze the parameters that match `image`, `text` or a name pattern; raises `ConfigError` where there are none."""
     matched = [parameter for name, parameter in clip.named_parameters() if matches(pattern, name)]
     if not matched:
         examples = ", ".join([name for name, _ in clip.named_parameters()][:5])

@@ -20,7 +20,7 @@ from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import AccelClipError
 from accel_clip.losses.base import Loss, build_loss
 from accel_clip.models.build import ClipModel
-from accel_clip.models.freezing import freeze_matching, require_trained
+from accel_clip.models.freezing import freeze, require_trained
 from accel_clip.optim.optimizers import parameter_groups
 from accel_clip.optim.schedules import Schedule, build_schedule
 from accel_clip.process.accelerator import build_accelerator, choose_workers
@@ -187,7 +187,7 @@ def build_frozen_model(start: Start, loss: Loss | None, attempts: Attempts) -> R
         return None
     model, lacks_weights = built
     for pattern in config.model.freeze:
-        attempts.attempt(partial(freeze_matching, model.clip, pattern))
+        attempts.attempt(partial(freeze, model.clip, pattern))
     attempts.attempt(partial(require_trained, model.clip, config.model.freeze))
     return RunModel(model, lacks_weights)
 
