@@ -360,14 +360,23 @@ class Config:
     plugins: list[str] = field(default_factory=list)
     """Python files that register your own losses, sources, optimizers and schedules"""
     data: DataConfig = field(default_factory=DataConfig)
+    """Data: where the pairs come from and how they reach the model"""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Model: what is trained, and which part of it"""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Loss: what is minimised"""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate schedule"""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Training: how long, how large, on what"""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation: retrieval both ways, validation loss and zero-shot classification"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints: how often a run is saved, and whether it goes on from there"""
     track: TrackConfig = field(default_factory=TrackConfig)
+    """Tracking: metrics.jsonl is always written, the rest is chosen here"""
     stop: StopConfig = field(default_factory=StopConfig)
+    """Early stopping, and what the best model is"""
 
     def __post_init__(self) -> None:
         require_ranges(self, "")

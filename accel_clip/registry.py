@@ -15,12 +15,16 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered name with its other spellings and one line about it."""
+    """A registered name."""
 
     name: str
+    """that is listed"""
     target: Callable[..., Any]
+    """what it stands for"""
     aliases: tuple[str, ...]
+    """its other spellings"""
     description: str
+    """one line about it"""
 
 
 class Registry:

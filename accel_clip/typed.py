@@ -26,14 +26,14 @@ class WrongValue(Exception):
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `lowest` to `highest`, written `Annotated[int, Range(1, 8)]` beside what they limit.
-
-    is_open: `lowest` itself is left out. An infinite `highest` is a number that works, and means no limit.
-    """
+    """The finite numbers in a range, written `Annotated[int, Range(1, 8)]` beside what they limit."""
 
     lowest: float
+    """the least of them"""
     highest: float
+    """the greatest of them; an infinite one is a number that works, and means no limit"""
     is_open: bool = False
+    """whether `lowest` itself is left out"""
 
     def holds(self, value: float) -> bool:
         """Return whether a number is in the range; NaN never is."""

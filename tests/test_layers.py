@@ -108,3 +108,35 @@ def test_one_room_deletes_replaces_and_cuts(file: Path) -> None:
 def test_light_modules_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'open_clip', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+FIELDS_TOLD_IN_THE_CLASS = {"run", "step", "commands", "evaluation", "trainer"}  # rooms that still do so
+
+
+def is_dataclass(node: ast.ClassDef) -> bool:
+    """Return whether a class is decorated by `dataclass`, with or without arguments."""
+    called = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
+    return any(isinstance(each, ast.Name) and each.id == "dataclass" for each in called)
+
+
+def untold_fields(tree: ast.AST) -> list[str]:
+    """Return the fields of dataclasses under which no string says what they mean."""
+    untold = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and is_dataclass(node):
+            for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+                is_told = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign) and not is_told:
+                    untold.append(f"{node.name}.{ast.unparse(field.target)}")
+    return untold
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_string_under_each_field_says_what_it_means(file: Path) -> None:
+    if room_of(file) not in FIELDS_TOLD_IN_THE_CLASS:
+        assert not untold_fields(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_a_field_without_a_string_is_found() -> None:
+    code = '@dataclass(frozen=True)\nclass A:\n    x: int\n    """edge"""\n    y: int = 0\n    z: int\n    """depth"""'
+    assert untold_fields(ast.parse(code)) == ["A.y"]

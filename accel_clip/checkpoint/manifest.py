@@ -25,10 +25,12 @@ class InvalidCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file of a checkpoint in its manifest: its size, and its hash in hexadecimal."""
+    """A file of a checkpoint in its manifest."""
 
     bytes: Count
+    """its size"""
     blake2b: str
+    """its hash, in hexadecimal"""
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,29 @@ class Manifest:
     """What a manifest says."""
 
     format: Count
+    """number of the form in which checkpoints are written"""
     step: Count
+    """optimizer steps taken before it"""
     num_processes: Annotated[int, Range(1, 2**20)]
+    """processes of the run that wrote it"""
     versions: dict[str, str]
+    """versions of the libraries that wrote it, by name"""
     files: dict[str, ListedFile]
+    """the checkpoint's files by their names"""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on the disk: its folder and what its manifest says of the run that wrote it."""
+    """A checkpoint on the disk, and what its manifest says of the run that wrote it."""
 
     path: Path
+    """its folder"""
     step: int
+    """optimizer steps taken before it"""
     num_processes: int
+    """processes of the run that wrote it"""
     versions: dict[str, str]
+    """versions of the libraries that wrote it, by name"""
 
     @cached_property
     def state(self) -> dict[str, Any]:

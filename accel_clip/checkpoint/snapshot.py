@@ -27,17 +27,20 @@ HEADER_BYTES = 256  # at most, for one tensor's entry in the header of its file
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The contents of a checkpoint's files: tensors and JSON text by file name. Nothing else refers to the tensors.
-
-    is_best: whether `BEST` is to point to it. seconds: what taking it cost the training thread.
-    """
+    """The contents of a checkpoint's files; nothing else refers to the tensors."""
 
     step: int
+    """optimizer steps taken"""
     num_processes: int
+    """processes of the run"""
     is_best: bool
+    """whether `BEST` is to point to it"""
     tensors: dict[str, dict[str, Tensor]]
+    """by the name of the file, and in it by name"""
     documents: dict[str, str]
+    """JSON text by the name of the file"""
     seconds: float
+    """what taking it cost the training thread"""
 
     @property
     def num_bytes(self) -> int:

@@ -43,18 +43,22 @@ class UnusableSample(Exception):
 
 @dataclass(frozen=True)
 class BadSample:
-    """One unusable sample, as it stands in `bad_samples.jsonl`.
-
-    its_turn: whether it stood at the place itself; others were met in search of what may stand there instead.
-    """
+    """One unusable sample, as it stands in `bad_samples.jsonl`."""
 
     source: str
+    """name of its source"""
     sample: int | str
+    """its number in the source, or its key in a stream"""
     reason: str
+    """one of `REASONS`"""
     path: str | None
+    """of the file, or of what is in a shard; None where there is none"""
     detail: str
+    """what exactly is wrong"""
     epoch: int
+    """of the source, in which it was met"""
     its_turn: bool = True
+    """whether it stood at the place itself; others were met in search of what may stand there instead"""
 
     def place(self) -> tuple[str, int | str]:
         """Return the source and the sample in it, as they are kept in checkpoints."""

@@ -16,27 +16,30 @@ TENSORS = ("image", "tokens", "sample", "caption_hash", "picture_hash")
 
 @dataclass(frozen=True)
 class Batch:
-    """The pairs of one process in one contrastive batch; b = pairs, L = tokens of the context, H and W in pixels.
-
-    image: uint8 [b, 3, H, W], not normalised; tokens: int [b, L]; sample: int64 [b], the pair's index over all sources;
-    caption_hash, picture_hash: int64 [b], equal for equal captions and for pairs of one picture; extra: columns that a
-    loss asks for, first dimension b; bad_samples: those that were met, and replaced, on the way; features: those of
-    frozen towers that are known already, `image_features` or `text_features`, float32 [b, D]; marks: where the lanes of
-    streams stand after it; num_cut_captions: how many captions have more tokens than L; num_pairs: how many of the b
-    pairs come from each source, by its name.
-    """
+    """The pairs of one process in one contrastive batch; b = pairs, L = tokens of the context, H and W in pixels."""
 
     image: torch.Tensor
+    """uint8 [b, 3, H, W], not normalised"""
     tokens: torch.Tensor
+    """int [b, L]"""
     sample: torch.Tensor
+    """int64 [b], the pair's index over all sources"""
     caption_hash: torch.Tensor
+    """int64 [b], equal for equal captions"""
     picture_hash: torch.Tensor
+    """int64 [b], equal for pairs of one picture"""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    """columns that a loss asks for, by name, first dimension b"""
     bad_samples: tuple[BadSample, ...] = ()
+    """those that were met, and replaced, on the way"""
     features: dict[str, torch.Tensor] = field(default_factory=dict)
+    """those of frozen towers that are known already, `image_features` or `text_features`, float32 [b, D]"""
     marks: tuple[LanePosition, ...] = ()
+    """where the lanes of streams stand after it"""
     num_cut_captions: int = 0
+    """how many captions have more tokens than L"""
     num_pairs: Mapping[str, int] = field(default_factory=dict)
+    """how many of the b pairs come from each source, by its name"""
 
     def __len__(self) -> int:
         return len(self.sample)

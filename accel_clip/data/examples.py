@@ -31,20 +31,24 @@ NO_PICTURE = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 @dataclass(frozen=True)
 class Example:
-    """One pair, ready for a batch: image uint8 [3, H, W], tokens int [L], extra float32 [any width] by column.
-
-    features: those of a frozen tower that are known, float32 [D] by name; without its pixels `image` is empty. is_cut:
-    whether the caption has more tokens than these.
-    """
+    """One pair, ready for a batch."""
 
     image: Tensor
+    """uint8 [3, H, W], empty where its features are known"""
     tokens: Tensor
+    """int [L]"""
     sample: int
+    """the pair's index over all sources"""
     caption_hash: int
+    """equal for equal captions, int64"""
     picture_hash: int
+    """equal for pairs of one picture, int64"""
     extra: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [any width] by column"""
     features: dict[str, Tensor] = field(default_factory=dict)
+    """those of a frozen tower that are known, float32 [D] by name"""
     is_cut: bool = False
+    """whether the caption has more tokens than these"""
 
 
 class Preparation:

@@ -29,9 +29,13 @@ class LoaderRank:
     """Who asks for batches: one process of several, with its loader workers."""
 
     process: int
+    """its rank"""
     num_processes: int
+    """of the run"""
     num_workers: int
+    """that load data for it"""
     pin_memory: bool
+    """whether batches come in page-locked memory"""
 
 
 class Part(Protocol):
@@ -57,7 +61,9 @@ class FetchedPart:
     """Pairs that are fetched by their number, in an order."""
 
     source: Source
+    """what they are fetched from"""
     order: BatchOrder
+    """which stands where in a batch"""
 
     @property
     def num_pairs(self) -> int:
@@ -81,18 +87,22 @@ class FetchedPart:
 
 @dataclass
 class StreamPart:
-    """Pairs of a stream, and where the lanes stand that this process reads.
-
-    name: tells the stream from the other sources; window: that of a lane.
-    """
+    """Pairs of a stream, and where the lanes stand that this process reads."""
 
     stream: Stream
+    """what they are read from"""
     name: str
+    """tells the stream from the other sources"""
     num_pairs: int
+    """in a batch of all processes"""
     num_lanes: int
+    """of all processes"""
     window: int
+    """items of a lane that are shuffled together"""
     seed: int
+    """of the order"""
     marks: dict[int, LanePosition] = field(default_factory=dict)
+    """where the lanes stand, by their number"""
 
     @property
     def pairs_in_batch(self) -> Mapping[str, float]:

@@ -34,36 +34,44 @@ MOST_LOST_SHARDS = 3
 
 @dataclass(frozen=True)
 class LanePosition:
-    """Where a lane stands.
-
-    epoch, shard, start: where its window begins: the pass over its shards, which of that pass's, and the place in it;
-    taken: how many pairs of the window were given; share: how much of the pass lies before the window, in [0, 1).
-    """
+    """Where a lane stands."""
 
     lane: int
+    """its number"""
     epoch: int = 0
+    """the pass over its shards in which its window begins"""
     shard: int = 0
+    """which of that pass's shards the window begins in"""
     start: int = 0
+    """the place in the shard at which it begins"""
     taken: int = 0
+    """how many pairs of the window were given"""
     share: float = 0.0
+    """how much of the pass lies before the window, in [0, 1)"""
 
 
 @dataclass(frozen=True)
 class LaneItem:
-    """What a lane gives: an item, the shard it comes from, its epoch, and where the lane stands after it."""
+    """What a lane gives."""
 
     item: Streamed
+    """a pair, or what is wrong with one"""
     shard: int
+    """number of the shard that it comes from"""
     mark: LanePosition
+    """where the lane stands after it, with the item's epoch"""
 
 
 @dataclass(frozen=True)
 class ShardItem:
-    """An item, its shard, and which of the epoch's shards that is."""
+    """What a shard gives."""
 
     item: Streamed
+    """a pair, or what is wrong with one"""
     shard: int
+    """number of the shard that it comes from"""
     place: int
+    """which of the epoch's shards that is"""
 
 
 class Lane:

@@ -27,10 +27,12 @@ from accel_clip.plugins import PluginsFirst
 
 @dataclass(frozen=True)
 class FoundExample:
-    """An example, and the unusable samples that were met in search of it."""
+    """An example, and what was met in search of it."""
 
     example: Example
+    """the first that can be used"""
     bad_samples: tuple[BadSample, ...]
+    """the unusable ones before it"""
 
 
 class TrainingPairs(PluginsFirst, Dataset[FoundExample | DataError]):

@@ -25,6 +25,7 @@ class Mixture:
     """
 
     parts: tuple[SourceOrder, ...]
+    """the order of each source"""
 
     @property
     def num_samples(self) -> int:

@@ -24,15 +24,15 @@ NUM_ROUNDS = 8  # of hashing; four make an order that looks random
 
 @dataclass(frozen=True)
 class Place:
-    """A position in the order of an epoch.
-
-    epoch: of the source that the place belongs to; with replacement, the contrastive batch of the run, since every
-    batch draws anew. part: the number of that source in a mixture.
-    """
+    """A position in the order of an epoch."""
 
     epoch: int
+    """of the source that the place belongs to; with replacement, the contrastive batch of the run, since every batch
+    draws anew"""
     position: int
+    """in the order, counted from 0"""
     part: int = 0
+    """the number of that source in a mixture"""
 
 
 class BatchOrder(Protocol):
@@ -68,11 +68,14 @@ class BatchOrder(Protocol):
 
 @dataclass(frozen=True)
 class SourceOrder(ABC):
-    """The order of one source: `num_samples` samples in contrastive batches of `batch_size`."""
+    """The order of one source, in contrastive batches."""
 
     num_samples: int
+    """of the source"""
     batch_size: int
+    """pairs of the source in a contrastive batch"""
     seed: int
+    """of the order"""
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
@@ -104,6 +107,7 @@ class Order(SourceOrder):
     """Without replacement: every sample at most once an epoch."""
 
     known: dict[int, numpy.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """the orders of the epochs that were asked for last, int64 [num_samples] each, by epoch"""
 
     def place(self, batch: int, slot: int) -> Place:
         """Return the place of a slot of contrastive batch `batch` of the run."""

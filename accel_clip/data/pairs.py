@@ -24,19 +24,20 @@ from accel_clip.data.sources.resolve import (
 
 @dataclass(frozen=True)
 class PairsOfRun:
-    """The data of a run.
-
-    source: the sources to train on that know their pairs, as one, None without any; weights: of each of these, None
-    where they are shown one after the other; streams, with a weight each, and source_weight, that of all sources beside
-    them; held_out: what the run is measured on; num_shared: how many pairs of `data.val` show pictures of `source`.
-    """
+    """The data of a run."""
 
     source: Source | None
+    """the sources to train on that know their pairs, as one, None without any"""
     weights: list[float] | None
+    """of each of these, None where they are shown one after the other"""
     source_weight: float
+    """that of all these beside the streams"""
     streams: list[tuple[Stream, float]]
+    """with a weight each"""
     held_out: Source | None
+    """what the run is measured on, None for nothing"""
     num_shared: int = 0
+    """how many pairs of `data.val` show pictures of `source`"""
 
 
 def open_training(

@@ -27,14 +27,20 @@ MOST_UNUSABLE = 100_000
 
 @dataclass(frozen=True)
 class Lanes:
-    """The lanes of a stream that one process reads, and where each stands."""
+    """The lanes of a stream that one process reads."""
 
     stream: Stream
+    """what they are read from"""
     numbers: range
+    """those of this process"""
     num_lanes: int
+    """of all processes"""
     window: int
+    """items of a lane that are shuffled together"""
     seed: int
+    """of the order"""
     marks: Mapping[int, LanePosition]
+    """where each lane stands that was begun, by its number"""
 
     def open(self, number: int) -> Iterator[LaneItem]:
         """Yield what follows in a lane."""

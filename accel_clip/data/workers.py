@@ -33,16 +33,16 @@ Collate = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes that load data.
-
-    num_ahead: how many batches each has ready; pin_memory: whether these come in page-locked memory; is_asked: whether
-    this process was asked to stop, which ends the wait for them.
-    """
+    """Processes that load data."""
 
     number: int
+    """how many there are, 0 to load in this process"""
     num_ahead: int = 2
+    """how many batches each has ready"""
     pin_memory: bool = False
+    """whether these come in page-locked memory"""
     is_asked: Callable[[], bool] = never
+    """whether this process was asked to stop, which ends the wait for them"""
 
     def load(self, items: Dataset[Any], collate: Collate, batches: Iterable[list[Any]] | None = None) -> Iterator[Any]:
         """Yield batches of items, as collated; those of an `IterableDataset`, one by one, where none are named.

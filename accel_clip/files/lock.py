@@ -30,7 +30,9 @@ class Holder:
     """Who holds a lock, as the file of the lock says."""
 
     pid: int
+    """its process"""
     host: str
+    """its machine"""
 
 
 class FolderLock:

@@ -46,7 +46,9 @@ class Loss:
     """
 
     name: str
-    function: Any  # a callable; what methods it has beside is asked for
+    """that it is registered by"""
+    function: Any
+    """a callable; what methods it has beside is asked for"""
 
     def __call__(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the loss of a whole batch; outputs that the function does not name are left out."""

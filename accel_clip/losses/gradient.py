@@ -29,17 +29,20 @@ MUCH_MEMORY = 2**30  # bytes
 
 @dataclass(frozen=True)
 class LossGradient:
-    """The terms of the global loss, detached, and the gradient of their sum.
+    """The terms of the global loss, and the gradient of their sum.
 
-    by_row: for each output with one row a pair, a tensor of its shape; by_scalar: for the logit scale and bias;
-    by_parameter: for each of the loss's own parameters. The mean over processes of `terms`, `by_scalar` and
-    `by_parameter` is that of the global loss; rows belong to one process, which holds all of their gradient.
+    The mean over processes of `terms`, `by_scalar` and `by_parameter` is that of the global loss; rows belong to one
+    process, which holds all of their gradient.
     """
 
     terms: dict[str, Tensor]
+    """by name, detached"""
     by_row: dict[str, Tensor]
+    """for each output with one row a pair, a tensor of its shape"""
     by_scalar: dict[str, Tensor]
+    """for the logit scale and bias"""
     by_parameter: list[Tensor]
+    """for each of the loss's own parameters"""
 
     def scaled(self, weight: float) -> LossGradient:
         """Return the gradient of `weight` times the loss."""

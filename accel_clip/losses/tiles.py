@@ -53,17 +53,18 @@ TILE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Share:
-    """What one process brings to the loss of the global batch and its gradient.
-
-    loss: a scalar; shares add up over processes. by_image_features, by_text_features [b, D]: the whole gradient of the
-    global loss by own rows. by_logit_scale (after exp) and by_logit_bias: shares that add up over processes.
-    """
+    """What one process brings to the loss of the global batch and its gradient."""
 
     loss: Tensor
+    """a scalar; shares add up over processes"""
     by_image_features: Tensor
+    """[b, D], the whole gradient of the global loss by own rows"""
     by_text_features: Tensor
+    """[b, D], the whole gradient of the global loss by own rows"""
     by_logit_scale: Tensor
+    """a scalar, by the scale after exp; shares add up over processes"""
     by_logit_bias: Tensor
+    """a scalar; shares add up over processes"""
 
 
 class OneProcess:
@@ -79,16 +80,18 @@ class OneProcess:
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of logits, and memory of its shape to work in; the next tile overwrites both.
-
-    rows: of own pairs; columns: of all pairs; offset: the diagonal on which pairs meet themselves, maybe outside.
-    """
+    """A block of logits, and memory to work in; the next tile overwrites both."""
 
     logits: Tensor
+    """of `rows` and `columns`"""
     scratch: Tensor
+    """memory of the same shape"""
     rows: slice
+    """of own pairs"""
     columns: slice
+    """of all pairs"""
     offset: int
+    """the diagonal on which pairs meet themselves, maybe outside"""
 
     @property
     def own_pairs(self) -> Tensor:
@@ -104,14 +107,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Side:
-    """Own features of one side as rows [b, D], all features of the other as columns [B, D].
-
-    own: the columns of own pairs.
-    """
+    """Own features of one side against all of the other."""
 
     rows: Tensor
+    """own features of one side, [b, D]"""
     columns: Tensor
+    """all features of the other side, [B, D]"""
     own: slice
+    """the columns of own pairs"""
 
     def tiles(self, scale: Tensor, tile_rows: int | None) -> Iterator[Tile]:
         """Yield the logits of all rows with all columns in square tiles, in memory that is taken once."""
@@ -144,12 +147,10 @@ class OwnPair:
 
 @dataclass(frozen=True)
 class PairsByHash(OwnPair):
-    """Positives that depend on which pairs show the same.
-
-    hashes: int64 [b], equal for pairs that show the same, such as `Batch.caption_hash`.
-    """
+    """Positives that depend on which pairs show the same."""
 
     hashes: Tensor
+    """int64 [b], equal for pairs that show the same, such as `Batch.caption_hash`"""
 
     def gathered(self, processes: Accelerator | OneProcess) -> Self:
         """Return the same for the pairs of all processes."""

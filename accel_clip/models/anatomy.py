@@ -18,19 +18,20 @@ SIDES = ("image", "text")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Facts about the towers of a model that is trained.
-
-    separate: each tower can be run alone; trims: captions may be cut to the longest of a chunk, `end` is the token that
-    ends them (None: the largest); deduplicates: equal captions may be encoded once; stochastic: a tower draws random
-    numbers or uses statistics of its batch; frozen: the sides that get no gradient.
-    """
+    """Facts about the towers of a model that is trained."""
 
     separate: bool
+    """whether each tower can be run alone"""
     trims: bool
+    """whether captions may be cut to the longest of a chunk"""
     end: int | None
+    """the token that ends captions, None for the largest"""
     deduplicates: bool
+    """whether equal captions may be encoded once"""
     stochastic: bool
+    """whether a tower draws random numbers or uses statistics of its batch"""
     frozen: frozenset[str]
+    """the sides that get no gradient"""
 
 
 def examine(clip: Any, tokenizer: Callable[[list[str]], Tensor]) -> Anatomy:

@@ -50,13 +50,18 @@ NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "o
 
 @dataclass(frozen=True)
 class ClipModel:
-    """An open_clip model, its tokenizer, and what its export says: `open_clip_config.json` in halves, `config.json`."""
+    """An open_clip model, its tokenizer, and what its export says."""
 
-    clip: Any  # an open_clip model; nn.Module's types know none of its attributes
+    clip: Any
+    """an open_clip model; nn.Module's types know none of its attributes"""
     tokenizer: Callable[[list[str]], Tensor]
+    """from captions to tokens, int [n, L]"""
     model_config: dict[str, Any]
+    """the `model_cfg` of `open_clip_config.json`"""
     preprocess_config: dict[str, Any]
+    """the `preprocess_cfg` of `open_clip_config.json`"""
     towers: dict[str, Any] = field(default_factory=dict)
+    """the `config.json` of its towers"""
 
 
 def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipModel:

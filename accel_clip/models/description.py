@@ -29,17 +29,29 @@ class VisionTower:
     """The numbers of `vision_cfg` that decide what is built; what is left out has open_clip's default."""
 
     layers: Layers | tuple[Layers, Layers, Layers, Layers] | None = None
+    """blocks; of a ResNet, in each of its four stages"""
     width: Width | None = None
+    """numbers of a token, or channels"""
     head_width: Width | None = None
+    """numbers of an attention head"""
     mlp_ratio: Factor | None = None
+    """width of the hidden layer in that of a block"""
     patch_size: Pixels | None = None
+    """edge, in pixels"""
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    """edge, or height and width, in pixels"""
     patch_dropout: Share | None = None
+    """share of patches that training leaves out"""
     attn_pooler_queries: Number | None = None
+    """tokens that the pooling attention gives"""
     attn_pooler_heads: Number | None = None
+    """heads of the pooling attention"""
     timm_model_name: str | None = None
+    """of the tower, where timm builds it"""
     timm_drop: Share | None = None
+    """dropout of timm's classifier"""
     timm_drop_path: Share | None = None
+    """share of blocks that timm's stochastic depth leaves out"""
 
 
 @dataclass(frozen=True)
@@ -47,16 +59,27 @@ class TextTower:
     """The numbers of `text_cfg`, and the names of what comes from elsewhere."""
 
     layers: Layers | None = None
+    """blocks"""
     width: Width | None = None
+    """numbers of a token"""
     heads: Number | None = None
+    """of attention"""
     mlp_ratio: Factor | None = None
+    """width of the hidden layer in that of a block"""
     context_length: Annotated[int, Range(1, 10**6)] | None = None
+    """tokens of a caption"""
     vocab_size: Annotated[int, Range(1, 10**9)] | None = None
+    """different tokens"""
     pad_id: Token | None = None
+    """token that fills a caption up"""
     eos_id: Token | None = None
+    """token that ends a caption"""
     hf_model_name: str | None = None
+    """of the tower, where transformers builds it"""
     hf_tokenizer_name: str | None = None
+    """of the tokenizer on the Hub, or its folder"""
     tokenizer_kwargs: dict | None = None
+    """what the tokenizer is built with"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +87,11 @@ class Decoder(TextTower):
     """The numbers of `multimodal_cfg`."""
 
     dim_head: Number | None = None
+    """numbers of an attention head"""
     n_queries: Number | None = None
+    """tokens of a picture that are attended to"""
     attn_pooler_heads: Number | None = None
+    """heads of the pooling attention"""
 
 
 @dataclass(frozen=True)
@@ -73,13 +99,21 @@ class Description:
     """A model in open_clip's form."""
 
     embed_dim: Width
+    """width of the features"""
     vision_cfg: VisionTower
+    """the image tower"""
     text_cfg: TextTower
+    """the text tower"""
     multimodal_cfg: Decoder | None = None
+    """the decoder of CoCa"""
     quick_gelu: bool | None = None
+    """whether the activation is QuickGELU"""
     custom_text: bool | None = None
+    """whether the text tower is a module of its own"""
     init_logit_scale: Exponent | None = None
+    """logarithm of the logit scale at first"""
     init_logit_bias: Exponent | None = None
+    """logit bias at first"""
 
 
 @dataclass(frozen=True)
@@ -87,8 +121,11 @@ class Options:
     """The numbers among `model.options` that are no parts of a description."""
 
     force_image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    """edge, or height and width, in pixels"""
     force_context_length: Annotated[int, Range(1, 10**6)] | None = None
+    """tokens of a caption"""
     force_patch_dropout: Share | None = None
+    """share of patches that training leaves out"""
 
 
 @dataclass(frozen=True)
@@ -96,11 +133,17 @@ class Preprocessing:
     """How a model wants its pictures; what is left out has open_clip's default."""
 
     size: Pixels | tuple[Pixels, Pixels]
+    """edge, or height and width, in pixels"""
     mean: tuple[Exponent, Exponent, Exponent]
+    """of each colour, taken off"""
     std: tuple[Factor, Factor, Factor]
+    """of each colour, divided by"""
     interpolation: str
+    """how sizes are changed"""
     resize_mode: str
+    """what becomes of pictures of another shape: shortest, longest or squash"""
     fill_color: Annotated[int, Range(0, 255)]
+    """of what a picture does not cover"""
 
 
 def check_described(config: ModelConfig) -> None:

@@ -61,12 +61,16 @@ class DescribedModel(Protocol):
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What an export holds: weights by open_clip's names, and everything that says how they are used."""
+    """What an export holds: weights, and everything that says how they are used."""
 
     weights: Mapping[str, Tensor]
+    """by open_clip's names"""
     model_config: Mapping[str, Any]
+    """the `model_cfg` of `open_clip_config.json`"""
     preprocess_config: Mapping[str, Any]
+    """the `preprocess_cfg` of `open_clip_config.json`"""
     tokenizer: Any
+    """of open_clip"""
     metrics: Mapping[str, float]
     """What the model card says of the model."""
     towers: Mapping[str, Any] = field(default_factory=dict)

@@ -24,14 +24,14 @@ KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 @dataclass(frozen=True)
 class ExpectedPreprocessing:
-    """What weights expect.
-
-    pictures: entries of open_clip's `preprocess_cfg`; quick_gelu: None where nothing is known; origin: who says so.
-    """
+    """What weights expect."""
 
     pictures: dict[str, Any]
+    """entries of open_clip's `preprocess_cfg`"""
     quick_gelu: bool | None
+    """None where nothing is known"""
     origin: str
+    """who says so"""
 
 
 def expected_by(name: str, pretrained: str) -> ExpectedPreprocessing:

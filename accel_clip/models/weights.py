@@ -59,15 +59,16 @@ class WrongWeights(ValueError):
 
 @dataclass(frozen=True)
 class MatchedWeights:
-    """Tensors by the model's names.
-
-    prefix: what stood before the names; num_fit: how many have a name of the model's; rest: names that are left out.
-    """
+    """Tensors by the model's names."""
 
     tensors: dict[str, Tensor]
+    """that are parts of the model"""
     prefix: str
+    """what stood before the names"""
     num_fit: int
+    """how many have a name of the model's"""
     rest: list[str]
+    """names that are left out"""
 
 
 @contextmanager

@@ -70,9 +70,13 @@ class Schedule:
     """A schedule with its warm-up, for a run of a known length."""
 
     decline: Callable[[int, int, float], float]
+    """from step, number of steps and lowest ratio, counted after the warm-up, to the multiplier"""
     num_steps: int
+    """optimizer steps of the run"""
     num_warmup_steps: int
+    """optimizer steps in which the rate rises"""
     min_ratio: float
+    """the lowest rate, as a share of the highest"""
 
     def multiplier(self, step: int) -> float:
         """Return what the highest rate is multiplied by in optimizer step `step`, which is in [0, num_steps)."""

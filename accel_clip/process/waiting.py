@@ -25,13 +25,12 @@ def unheard(done: str) -> None:
 
 @dataclass(frozen=True)
 class Lookout:
-    """Kept by work that takes many rounds, in which all processes meet.
-
-    is_asked: whether this process was asked to stop; beat: called with what is going on after every round.
-    """
+    """Kept by work that takes many rounds, in which all processes meet."""
 
     is_asked: Callable[[], bool] = never
+    """whether this process was asked to stop"""
     beat: Callable[[str], object] = unheard
+    """called with what is going on after every round"""
 
     def meet(self, accelerator: Accelerator, done: str) -> None:
         """Say that a round is done, or raise `StopAsked` on all processes when one was asked to stop; collective."""

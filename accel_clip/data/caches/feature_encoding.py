@@ -50,17 +50,20 @@ NOUNS = {"image": "pictures", "text": "captions"}
 
 @dataclass(frozen=True)
 class FrozenTower:
-    """A tower that is not trained, and everything that its features depend on.
-
-    side: image or text; model: the wrapped model, called as the step calls it; rows: the most that go through at once.
-    """
+    """A tower that is not trained, and everything that its features depend on."""
 
     side: str
+    """image or text"""
     accelerator: Accelerator
+    """of the run"""
     wrapped: nn.Module
+    """the model as the step calls it"""
     model: ClipModel
+    """the same model, with its tokenizer and what its export says"""
     anatomy: Anatomy
+    """what may be done with its towers"""
     rows: int
+    """the most that go through at once"""
 
     def __post_init__(self) -> None:
         if self.side not in self.anatomy.frozen:

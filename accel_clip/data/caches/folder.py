@@ -32,10 +32,12 @@ Fingerprint = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class About:
-    """What a folder was computed from, and the items that could not be used: reason, detail and path by key."""
+    """What a folder was computed from, and the items that could not be used."""
 
     fingerprint: Fingerprint
+    """of how all was computed"""
     unusable: dict[str, tuple[str, str, str | None]]
+    """reason, detail and path by key"""
 
 
 class CacheFolder:

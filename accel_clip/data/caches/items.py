@@ -94,11 +94,14 @@ class DifferentPictures(Items):
 
 @dataclass(frozen=True)
 class LoadedChunk:
-    """A chunk of items: the usable ones joined, where they stand in it, and what is wrong with the others."""
+    """A chunk of items, loaded."""
 
     inputs: Any
+    """the usable ones joined, None without any"""
     usable: list[int]
+    """where they stand in the chunk"""
     problems: dict[int, UnusableSample] = field(default_factory=dict)
+    """what is wrong with the others, by their place"""
 
 
 def load(items: Items, chunks: Sequence[Sequence[int]], workers: Workers, join: Join) -> Iterator[LoadedChunk]:
@@ -126,11 +129,14 @@ def collate(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
 
 @dataclass(frozen=True)
 class Plan:
-    """What of the items is computed, int64 [m], and which are kept, int64 [k], from what rows of the cache there is."""
+    """Which items are computed, and which are kept from the cache there is."""
 
     todo: numpy.ndarray
+    """items to compute, int64 [m]"""
     kept: numpy.ndarray
+    """items that are kept, int64 [k]"""
     rows: numpy.ndarray
+    """from what rows of the cache, int64 [k]"""
 
     @classmethod
     def of_all(cls, items: Items) -> Plan:

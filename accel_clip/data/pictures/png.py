@@ -17,11 +17,14 @@ PLACE_OF_KIND = 25  # of colour, in the file: behind size and depth
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file: its name, and where it lies with its length, its name and its checksum."""
+    """A part of a file."""
 
     name: bytes
+    """four letters that say what it holds"""
     start: int
+    """where it begins in the file, with its length and its name"""
     end: int
+    """where it ends, behind its checksum"""
 
 
 def chunks_of(content: bytes) -> Iterator[Chunk]:

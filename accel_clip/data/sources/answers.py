@@ -29,8 +29,11 @@ class Version:
     """By what a server tells one state of a file from another; what it does not say is None."""
 
     entity_tag: str | None
+    """what the server calls this state"""
     changed: str | None
+    """when the file was last changed, in the server's words"""
     num_bytes: int | None
+    """size of the whole file"""
 
     def validator(self) -> str | None:
         """Return what a request for a part may be tied to: tags of the weak kind do not count."""

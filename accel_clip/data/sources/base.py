@@ -45,17 +45,18 @@ class SourceOptions(SourceConfig):
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture as it is stored, and the captions it may be shown with (none when it has none).
-
-    weights: how often each caption is shown beside the others, as many as captions; without any, all alike. extra:
-    numbers by the name of the column that they come from, as many in every pair; they mean the only caption.
-    """
+    """A picture as it is stored, and the captions it may be shown with."""
 
     image: Image | bytes | Path
+    """decoded, as bytes of a picture file, or as the path of one"""
     captions: tuple[str, ...]
+    """none when it has none"""
     label: str | None = None
+    """name of its class, None without one"""
     extra: Mapping[str, numpy.ndarray | Sequence[float]] = field(default_factory=dict)
+    """numbers by the name of the column that they come from, as many in every pair; they mean the only caption"""
     weights: tuple[float, ...] = ()
+    """how often each caption is shown beside the others, as many as captions; without any, all alike"""
 
 
 class Source(Protocol):
@@ -78,14 +79,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What comes by next in a shard of a stream: a pair with its picture's key, or what is wrong with one.
-
-    end: the place behind it, from which the shard can be read on: any number above 0 that the stream understands.
-    """
+    """What comes by next in a shard of a stream."""
 
     key: str
+    """identity of the picture"""
     pair: Pair | UnusableSample
+    """the pair, or what is wrong with it"""
     end: int
+    """the place behind it, from which the shard can be read on: any number above 0 that the stream understands"""
 
 
 @runtime_checkable

@@ -44,6 +44,7 @@ class Patience:
     longest_wait_seconds: float = 120.0
     """at most, where the server itself names how long (Retry-After)"""
     connect_seconds: float = 10.0
+    """in which a connection must be there"""
     read_seconds: float = 60.0
     """without a single byte"""
     window_seconds: float = 60.0
@@ -51,6 +52,7 @@ class Patience:
     least_bytes: int = 1 << 14
     """a line of 20 KiB/s feeds 75 readers so, and one of them needs four days for a shard of 100 MB: less is no data"""
     sleep: Callable[[float], None] = time.sleep
+    """waits for so many seconds"""
     tell: Callable[[str], object] | None = None
     """called with a line about every attempt that has failed and is followed by another"""
 
@@ -65,17 +67,18 @@ class TryAgain(Exception):
 
 @dataclass
 class Pace:
-    """How much of a file has come while it was waited for.
-
-    num_bytes, seconds: of the window that is open; since: when the wait began that is going on; num_beside: bytes since
-    the last one of the file itself.
-    """
+    """How much of a file has come while it was waited for."""
 
     patience: Patience
+    """what must come in which time"""
     num_bytes: int = 0
+    """of the file, in the window that is open"""
     seconds: float = 0.0
+    """of waiting, in the window that is open"""
     since: float | None = None
+    """when the wait began that is going on, None without one"""
     num_beside: int = 0
+    """bytes since the last one of the file itself"""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -176,12 +179,16 @@ class PacedBackend(httpcore2.NetworkBackend):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answers: its status with the words beside it, headers, and the bytes that follow."""
+    """What a server answers."""
 
     status: int
+    """its number"""
     reason: str
+    """the words beside it"""
     headers: httpx2.Headers
+    """by name, in any case"""
     content: Iterator[bytes]
+    """the bytes that follow"""
 
     @property
     def redirect(self) -> str | None:

@@ -110,10 +110,15 @@ class OneObject:
     """One object on a background."""
 
     size: str
+    """one of `SIZES`"""
     colour: str
+    """one of `COLOURS`"""
     shape: str
+    """one of `SHAPES`"""
     place: str
+    """one of `PLACES`"""
     background: str
+    """one of `BACKGROUNDS`"""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -134,12 +139,16 @@ class OneObject:
 
 @dataclass(frozen=True)
 class TwoObjects:
-    """Two objects, each a colour and a shape, in relation."""
+    """Two objects in relation."""
 
     first: tuple[str, str]
+    """colour and shape"""
     relation: str
+    """of the first to the second, one of `RELATIONS`"""
     second: tuple[str, str]
+    """colour and shape"""
     background: str
+    """one of `BACKGROUNDS`"""
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -26,14 +26,14 @@ UNPICKLING = "pandas"  # the one reader of `datasets` that unpickles, whatever l
 
 @dataclass(frozen=True)
 class Chosen:
-    """A dataset that a user has chosen, by hf or hf-stream.
-
-    meant: the configuration, None for the only or usual one, and the split; where one word may be either, both.
-    """
+    """A dataset that a user has chosen."""
 
     kind: str
+    """by which it was: hf or hf-stream"""
     name: str
+    """on the Hub, or of a folder"""
     meant: tuple[tuple[str | None, str], ...]
+    """the configuration, None for the only or usual one, and the split; where one word may be either, both"""
 
     def __str__(self) -> str:
         config, split = self.meant[0]

@@ -40,14 +40,14 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Location:
-    """Where the pairs are: `kind` is registered, table, shards, remote, folder or saved.
-
-    `path` is absent for registered names, and `name` is what was written for shards, on a disk or at addresses.
-    """
+    """Where the pairs are."""
 
     kind: str
+    """registered, table, shards, remote, folder or saved"""
     name: str
+    """of a registered source, else what was written: a path, or shards on a disk or at addresses"""
     argument: str = ""
+    """what a registered source is given"""
     shards: tuple[Path, ...] = ()
     """the files of shards on a disk, in their order"""
     addresses: tuple[str, ...] = ()

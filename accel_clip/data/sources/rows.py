@@ -36,17 +36,18 @@ ODD = numpy.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source, or the shards that they stand in.
-
-    keys, texts: uint64 [n], hashes of what a picture is called, and of its captions; sizes, times: int64 [n], of its
-    file, in bytes and nanoseconds; contents: uint64 [n], a hash of what is in it. Zero is what was not looked at.
-    """
+    """The rows of a source, or the shards that they stand in; zero is what was not looked at."""
 
     keys: numpy.ndarray
+    """uint64 [n], hashes of what pictures are called"""
     texts: numpy.ndarray
+    """uint64 [n], hashes of captions"""
     sizes: numpy.ndarray
+    """int64 [n], of files, in bytes"""
     times: numpy.ndarray
+    """int64 [n], when files were last changed, in nanoseconds"""
     contents: numpy.ndarray
+    """uint64 [n], hashes of what is in files"""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -57,16 +57,18 @@ PATIENCE_AT_START = Patience(waits_seconds=(1.0, 2.0), tell=say)
 
 @dataclass
 class PartialSample:
-    """What has been read of a sample: bytes, or why there are none.
-
-    rank: of the picture's extension among those of pictures; end: where the last of its members ends.
-    """
+    """What has been read of a sample: bytes, or why there are none."""
 
     key: str
+    """of the sample in its shard"""
     picture: bytes | UnusableSample | None = None
+    """None before it has come"""
     rank: int = 0
+    """of the picture's extension among those of pictures"""
     texts: dict[str, bytes | UnusableSample] = field(default_factory=dict)
+    """by extension"""
     end: int = 0
+    """where the last of its members ends"""
 
     def text(self, extension: str) -> bytes | None:
         """Return the bytes of a text member, None without one; raises `UnusableSample`."""
@@ -265,10 +267,12 @@ def open_remote_shards(
 
 @dataclass
 class ArchiveBeginning:
-    """The names of an archive's first members, in two parts, and what is in those that end with .json."""
+    """The first members of an archive."""
 
     names: list[tuple[bytes, str]] = field(default_factory=list)
+    """in two parts: what stands before the last dot, and the ending"""
     objects: list[tuple[bytes, dict[str, Any]]] = field(default_factory=list)
+    """what is in those that end with .json, with the first part of their name"""
 
     def words(self) -> frozenset[bytes]:
         """Return the words that belong to endings by these names."""

@@ -13,10 +13,12 @@ from accel_clip.data.sources.shards.tar_index import KEY_END, TarIndex
 
 @dataclass(frozen=True)
 class Places:
-    """Where one thing of every sample lies: offsets and sizes in bytes, int64 [N], both -1 where there is none."""
+    """Where one thing of every sample lies, -1 where there is none."""
 
     offsets: numpy.ndarray
+    """in bytes, int64 [N]"""
     sizes: numpy.ndarray
+    """in bytes, int64 [N]"""
 
     def of(self, chosen: numpy.ndarray) -> Places:
         """Return the places of some of the samples."""
@@ -25,12 +27,14 @@ class Places:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a shard, or of all: where their keys, pictures and texts are."""
+    """The samples of a shard, or of all."""
 
     keys: Places
+    """where the keys are"""
     pictures: Places
+    """where the pictures are"""
     texts: dict[str, Places]
-    """by extension"""
+    """where the texts are, by extension"""
 
 
 def stems_of(index: TarIndex) -> Iterator[bytes]:

@@ -27,14 +27,14 @@ PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive: its name and where its bytes are, which may lie behind the end of a cut archive.
-
-    The name is empty where there is no regular file: folders, links and the like, which whoever counts members counts.
-    """
+    """A member of an archive."""
 
     name: bytes
+    """empty where there is no regular file: folders, links and the like, which whoever counts members counts"""
     offset: int
+    """where its bytes begin"""
     num_bytes: int
+    """its size; its bytes may lie behind the end of a cut archive"""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,13 @@ class Header:
     """One block that describes a member, or what describes the next one better."""
 
     name: bytes
+    """of the member that it describes"""
     kind: int
+    """the type flag, a byte"""
     num_bytes: int
+    """of what follows it"""
     continues: bool = False
+    """whether more of a sparse file's map follows"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class ExtendedHeader:
     """What extended headers say about the member that follows them."""
 
     name: bytes | None = None
+    """None where they do not say"""
     num_bytes: int | None = None
+    """None where they do not say"""
     is_sparse: bool = False
+    """whether the member is a file with holes"""
 
 
 NOTHING = ExtendedHeader()

@@ -53,6 +53,7 @@ class TarIndex:
     key_ends: numpy.ndarray
     """uint32 [N]: where each sample's key ends in `keys`"""
     keys: bytes
+    """of the samples, one after the other"""
     extensions: tuple[str, ...]
     """in lower case, without the dot before them; empty for hidden files and those without an ending"""
     problem: str | None
@@ -189,14 +190,23 @@ class Head:
     """The first line of a kept index."""
 
     format: str
+    """says that it is one"""
     version: int
+    """of the form"""
     num_bytes: Count
+    """size of the shard"""
     mtime_ns: int
+    """when the shard was last changed"""
     num_members: Count
+    """of the shard"""
     num_samples: Count
+    """of the shard"""
     extensions: list[str]
+    """of members, in lower case"""
     problem: str | None
+    """what is wrong with the shard's end, None for nothing"""
     checksum: Count
+    """of the arrays that follow, CRC-32"""
 
 
 def unpack(raw: bytes) -> TarIndex | None:

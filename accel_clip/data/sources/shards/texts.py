@@ -30,10 +30,13 @@ class TextRule:
     """Where captions, or labels, are: in members with an extension of theirs, or under a key of the .json member."""
 
     setting: str
+    """that names them, for messages"""
     named: Mapping[str, float]
     """extensions and JSON keys, all of which are read, with their weights; without any, the first usual one there is"""
     usual_extensions: tuple[str, ...]
+    """of members, the preferred first"""
     usual_keys: tuple[str, ...]
+    """of the .json member, the preferred first"""
     each_line: bool | None = None
     """whether each line of a text is one; None = unless blank lines are between them"""
 
@@ -48,16 +51,16 @@ class TextRule:
 
 @dataclass(frozen=True)
 class SampleTexts:
-    """The texts of one sample.
-
-    extensions: those that are known to be of members with texts; content: from an extension to the member's bytes, None
-    without one (it may raise `UnusableSample`); path: of the sample, for messages.
-    """
+    """The texts of one sample."""
 
     extensions: Collection[str]
+    """those that are known to be of members with texts"""
     content: Callable[[str], bytes | None]
+    """from an extension to the member's bytes, None without one (it may raise `UnusableSample`)"""
     path: str
+    """of the sample, for messages"""
     encodings: tuple[str, ...]
+    """that texts are tried with, in order"""
 
     def captions(self, rule: TextRule) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Return the captions and their weights (see `captions.weighted`); raises `UnusableSample`."""

@@ -23,13 +23,18 @@ MOST_NAMES_SHOWN, LONGEST_NAME = 20, 60
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that make pairs; weights: how often captions of each are shown, empty for all alike."""
+    """The columns that make pairs."""
 
     image: str
+    """the one with pictures"""
     captions: tuple[str, ...]
+    """those with captions"""
     label: str | None = None
+    """the one with class names, None without one"""
     extra: tuple[str, ...] = ()
+    """those with numbers that a loss asks for"""
     weights: Mapping[str, float] = field(default_factory=dict)
+    """how often captions of each column are shown beside the others, empty for all alike"""
 
     def names(self) -> list[str]:
         """Return each column once."""
@@ -134,9 +139,10 @@ BINARY = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, ty
 
 @dataclass(frozen=True)
 class Info:
-    """What `datasets` knows of a table: what each column is."""
+    """What `datasets` knows of a table."""
 
     features: dict[str, Any] | None = None
+    """what each column is, by its name"""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class Metadata:
     """What `datasets` writes into a table."""
 
     info: Info | None = None
+    """of the table"""
 
 
 def class_names(schema: pyarrow.Schema, columns: Sequence[str], name: str) -> dict[str, list[str]]:

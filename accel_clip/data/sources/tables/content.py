@@ -11,8 +11,11 @@ import pyarrow
 
 @dataclass(frozen=True)
 class TableContent:
-    """Rows, the folder that picture paths in them start from, and what is wrong with rows that are broken, by place."""
+    """Rows, and what is known of them beside."""
 
     table: pyarrow.Table
+    """the rows"""
     folder: Path
+    """that picture paths in them start from"""
     broken: Mapping[int, str] = field(default_factory=dict)
+    """what is wrong with rows that are broken, by place"""

@@ -34,28 +34,35 @@ WITHOUT_QUOTES = "if quotes are plain signs in this file, such as those of inche
 
 @dataclass(frozen=True)
 class Dialect:
-    """How rows are written. is_spaced: a space follows each separator; has_quotes: quotes hold cells together."""
+    """How rows are written."""
 
     separator: str
+    """the sign between cells"""
     is_spaced: bool
+    """whether a space follows each separator"""
     has_quotes: bool
+    """whether quotes hold cells together"""
 
 
 @dataclass
 class Rows:
-    """The rows of a file, in which quotes are looked at twice where `is_checked`.
-
-    width: cells in a row, known after the first one; broken: what is wrong with rows that have another number, by their
-    place, the first line's being 0; such a row is given as `width` empty cells.
-    """
+    """The rows of a file."""
 
     file: TextIO
+    """open, at its beginning"""
     path: Path
+    """of the file, for messages"""
     dialect: Dialect
+    """how they are written"""
     is_checked: bool
+    """whether quotes are looked at twice"""
     width: int = 0
+    """cells in a row, known after the first one"""
     num_rows: int = 0
+    """so far"""
     broken: dict[int, str] = field(default_factory=dict)
+    """what is wrong with rows that have another number of cells, by their place, the first line's being 0; such a row
+    is given as `width` empty cells"""
     lines: list[str] = field(default_factory=list)
     """those that the row now read stands in"""
 

@@ -22,11 +22,14 @@ def by_its_ending(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the endings of its files, what they hold, and whether one of them has it."""
+    """A format of tables."""
 
     suffixes: tuple[str, ...]
+    """of its files"""
     read: Callable[[Path, SourceOptions], TableContent]
+    """what a file holds"""
     fits: Callable[[Path], bool] = by_its_ending
+    """whether a file has it"""
 
 
 FORMATS = (

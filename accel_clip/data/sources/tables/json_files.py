@@ -25,10 +25,12 @@ KEYS_TO_LOOK_AT = 20
 
 @dataclass(frozen=True)
 class Shape:
-    """A way to write pairs in JSON: whether a value has it, and what it holds."""
+    """A way to write pairs in JSON."""
 
     fits: Callable[[Any], bool]
+    """whether a value has it"""
     read: Callable[[Any, Path, SourceOptions], TableContent]
+    """what the value holds"""
 
 
 def read_json(path: Path, options: SourceOptions) -> TableContent:
