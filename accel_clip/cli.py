@@ -17,8 +17,7 @@ from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError
 from accel_clip.process.signals import Interruptible, following_launcher, leave_if_waited_for
 from accel_clip.process.terminal import lasting_output
 from accel_clip.redaction import masked, printable
-from accel_clip.typed import Range
-from accel_clip.typed import shown as shown_value
+from accel_clip.typed import Range, shown_value
 
 TRAIN_HELP = (
     "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, namespace_to_dict, set_parsi
 from accel_clip.config import Config
 from accel_clip.faults import ConfigError, StorageError, nearest
 from accel_clip.files.whole import write_text
-from accel_clip.redaction import texts_in
+from accel_clip.redaction import texts_in_settings
 from accel_clip.typed import LARGEST_WHOLE, MOST_DEPTH, WrongValue, numbers_in, range_of
 
 CONFIG_MARK = "# Written by accel_clip: the settings of the run in this folder, replaced at every start.\n"
@@ -52,7 +52,7 @@ def merged(parser: ArgumentParser, contents: Iterable[dict[str, Any]], flags: li
             require_64_bits(key, text)
         settings = parser.parse_args([*wrap_list_values(flags)], namespace=settings)
     except ArgumentError as error:
-        raise ConfigError(with_range(one_line(str(error)))) from error
+        raise ConfigError(with_range(message_of_parser(str(error)))) from error
     except RecursionError as error:
         raise ConfigError("a setting nests too deeply") from error
     return config_from(parser, settings)
@@ -84,7 +84,7 @@ def config_of(settings: dict[str, Any]) -> Config:
     try:
         return config_from(parser, parser.parse_object(settings, cfg_base=parser.get_defaults()))
     except (ArgumentError, RecursionError) as error:
-        raise ConfigError(one_line(str(error))) from error
+        raise ConfigError(message_of_parser(str(error))) from error
 
 
 def save_config(config: Config, file: Path) -> None:
@@ -146,7 +146,7 @@ def loaded(text: str, key: str) -> Any:
     try:
         return yaml.load(text, Loader=UniqueKeyLoader)
     except ValueError as error:
-        raise ConfigError(f"{key}: {shortened(text, 40)} does not work: a number has too many digits") from error
+        raise ConfigError(f"{key}: {beginning_of(text, 40)} does not work: a number has too many digits") from error
 
 
 def require_64_bits(key: str, value: Any) -> None:
@@ -233,9 +233,9 @@ def bracket(value: str, hint: Any) -> str:
 
 def namespace_of(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return what a YAML file holds as settings, its keys checked and its bare values put in lists."""
-    require_plain(text for _, text in texts_in(settings, ""))
+    require_plain(text for _, text in texts_in_settings(settings, ""))
     hints = known_keys()
-    for key, value in flatten(settings, file):
+    for key, value in dotted_settings(settings, file):
         require_64_bits(key, value)
         stays = value is None or isinstance(value, list) or (isinstance(value, dict) and takes_a_mapping(hints[key]))
         if takes_a_list(hints.get(key)) and not stays:
@@ -244,7 +244,7 @@ def namespace_of(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     return settings
 
 
-def flatten(settings: dict[str, Any], file: Path) -> list[tuple[str, Any]]:
+def dotted_settings(settings: dict[str, Any], file: Path) -> list[tuple[str, Any]]:
     """Return a file's dotted keys and values; raises `ConfigError` for a key that does not exist."""
     sections = {key.partition(".")[0] for key in known_keys() if "." in key}
     flat: list[tuple[str, Any]] = []
@@ -286,13 +286,13 @@ def require_plain_events(events: Iterator[yaml.Event], text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         name = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent) and name in anchors:
-            raise ConfigError(f"'{shortened(text)}': {NO_ALIAS}")
+            raise ConfigError(f"'{beginning_of(text)}': {NO_ALIAS}")
         if depth > MOST_DEPTH:
-            raise ConfigError(f"'{shortened(text)}': its values nest too deeply")
+            raise ConfigError(f"'{beginning_of(text)}': its values nest too deeply")
         anchors.add(name)
 
 
-def shortened(text: str, most: int = MOST_SHOWN) -> str:
+def beginning_of(text: str, most: int = MOST_SHOWN) -> str:
     """Return the beginning of a long text."""
     return text if len(text) <= most else text[:most] + " …"
 
@@ -356,7 +356,7 @@ def yaml_in(raw: bytes, file: Path) -> dict[str, Any]:
     except ValueError as error:  # no UTF-8, or a date that the calendar does not have
         raise ConfigError(f"--config {file}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file}: {one_line(str(error))}") from error
+        raise ConfigError(f"--config {file}: {message_of_parser(str(error))}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -370,11 +370,13 @@ def with_range(message: str) -> str:
     return message if limits is None else f"{message}; it must be {limits.words}"
 
 
-def one_line(message: str) -> str:
+def message_of_parser(message: str) -> str:
     """Return a parser's message on one line, in the words of this command."""
     text = re.sub(r"<class '([\w.]+)'>", r"\1", message)
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = " ".join(text.split()).replace("NoneType", "null").replace("argument --", "")
     text = re.sub(r"unrecognized arguments: (.*)", r"unknown word '\1': settings are written --key value", text)
     text = re.sub(r"Expected an? (\S+?)\.? Got value: ", r"expected \1, got ", text)
-    return shortened(re.sub(r"Does not validate .*? Subtypes: \[(.*?)\] .* Given value: ", r"expected \1, got ", text))
+    return beginning_of(
+        re.sub(r"Does not validate .*? Subtypes: \[(.*?)\] .* Given value: ", r"expected \1, got ", text)
+    )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, get_type_hints
 
 from accel_clip.faults import ConfigError
-from accel_clip.typed import LARGEST_WHOLE, Range, WrongValue, fit, range_of, require_ordinary_numbers, shown
+from accel_clip.typed import LARGEST_WHOLE, Range, WrongValue, fit, range_of, require_ordinary_numbers, shown_value
 
 GIB = 2**30
 """bytes in the unit of settings that end in _gib"""
@@ -25,7 +25,7 @@ PositiveFactor = Annotated[float, ABOVE_ZERO]
 def require(holds: bool, key: str, value: object, rule: str) -> None:
     """Raise `ConfigError` naming the setting, its value and the rule unless the rule holds."""
     if not holds:
-        raise ConfigError(f"{key}: {shown(value)} does not work: {rule}")
+        raise ConfigError(f"{key}: {shown_value(value)} does not work: {rule}")
 
 
 def require_ranges(section: Any, prefix: str) -> None:

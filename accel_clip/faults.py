@@ -157,6 +157,17 @@ def shortened(text: str, most: int) -> str:
     return f"{text[:half]} … {text[-half:]}"
 
 
+def some_of(names: Iterable[object], most: int = 20, longest: int | None = None) -> str:
+    """Return the first few of many names for a message, and how many more there are.
+
+    most: names that are written out; longest: characters of one, without any all of them.
+    """
+    written = [str(name) for name in names]
+    first = [name if longest is None or len(name) <= longest else f"{name[:longest]}…" for name in written[:most]]
+    more = len(written) - most
+    return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
+
+
 def one_line(error: Exception, most: int = 400) -> str:
     """Return an error's text on one line of at most so many characters."""
     text = " ".join(str(error).split()) or type(error).__name__

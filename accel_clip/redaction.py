@@ -123,7 +123,7 @@ def is_secret(name: str) -> bool:
 
 def refuse_credentials(settings: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming a setting that holds a credential: settings go to the run folder and to trackers."""
-    for key, text in texts_in(settings, ""):
+    for key, text in texts_in_settings(settings, ""):
         name = "_".join(WORDS.findall(key.rpartition(".")[2])).lower()
         if masked(text) != text or (text and SECRET_OPTION.fullmatch(name)):
             raise ConfigError(
@@ -133,17 +133,17 @@ def refuse_credentials(settings: Mapping[str, Any]) -> None:
             )
 
 
-def texts_in(value: Any, key: str) -> Iterator[tuple[str, str]]:
+def texts_in_settings(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Yield the texts in nested settings, keys of dictionaries included, each with the dotted key it stands under."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             yield key or "settings", str(name)
-            yield from texts_in(inner, f"{key}.{name}" if key else str(name))
+            yield from texts_in_settings(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, Sequence):
         for inner in value:
-            yield from texts_in(inner, key)
+            yield from texts_in_settings(inner, key)
 
 
 def secrets_of_environment() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from accel_clip.faults import ConfigError, nearest
+from accel_clip.faults import ConfigError, nearest, some_of
 from accel_clip.typed import WrongValue, fit
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -45,7 +45,7 @@ class Registry:
             taken = [word for word in (name, *aliases) if word in self]
             if taken:
                 raise ConfigError(f"the {self.kind} '{taken[0]}' is registered twice: give yours another name")
-            text = description if description is not None else first_line(target)
+            text = description if description is not None else first_docstring_line(target)
             self._entries[name] = Entry(name, target, aliases, text)
             return target
 
@@ -72,11 +72,10 @@ class Registry:
         """Return the error for a name that is not among `known`."""
         aliases = [alias for entry in self._entries.values() for alias in entry.aliases]
         hint = nearest(name, [*known, *aliases])
-        shown = ", ".join(known if len(known) <= 20 else [*known[:20], f"… ({len(known)} in all)"])
-        return ConfigError(f"{self.setting}: unknown {self.kind} '{name}'{hint or ';'} known: {shown}")
+        return ConfigError(f"{self.setting}: unknown {self.kind} '{name}'{hint or ';'} known: {some_of(known)}")
 
 
-def first_line(target: Callable[..., Any]) -> str:
+def first_docstring_line(target: Callable[..., Any]) -> str:
     """Return the first line of a docstring, or an empty string."""
     return (target.__doc__ or "").strip().split("\n")[0]
 

@@ -20,7 +20,7 @@ class WrongValue(Exception):
     """A value that is not what its annotation says; the message names its key, the value and the rule."""
 
     def __init__(self, key: str, value: object, rule: str) -> None:
-        super().__init__(f"{key}: {shown(value)} does not work: {rule}")
+        super().__init__(f"{key}: {shown_value(value)} does not work: {rule}")
         self.key = key
 
 
@@ -127,7 +127,7 @@ def fit_fields(value: Any, kind: type[T], key: str) -> T:
 
 def inner_key(key: str, name: object) -> str:
     """Return what an entry of a mapping is called."""
-    return f"{key}.{shown(name, '')}" if key else shown(name, "")
+    return f"{key}.{shown_value(name, '')}" if key else shown_value(name, "")
 
 
 def fit_list(value: Any, inner: tuple[Any, ...], key: str) -> list[Any]:
@@ -153,19 +153,19 @@ def fit_dict(value: Any, inner: tuple[Any, ...], key: str) -> dict[Any, Any]:
     return {fit(name, inner[0], key): fit(item, inner[1], inner_key(key, name)) for name, item in value.items()}
 
 
-def is_whole(value: Any) -> bool:
+def is_whole_number(value: Any) -> bool:
     """Return whether a value is a whole number of at most 64 bits, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_WHOLE
 
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a number, NaN and infinities included, and no truth value."""
-    return isinstance(value, float) or is_whole(value)
+    return isinstance(value, float) or is_whole_number(value)
 
 
 PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "it must be true or false"),
-    int: (is_whole, "it must be a whole number"),
+    int: (is_whole_number, "it must be a whole number"),
     float: (is_number, "it must be a number"),
     str: (lambda value: isinstance(value, str) and len(value) <= MOST_CHARACTERS, "it must be a text, not too long"),
     dict: (lambda value: isinstance(value, dict), "it must be an object with keys and values"),
@@ -226,7 +226,7 @@ class Shortener(reprlib.Repr):
         return repr(value) if digits <= 40 else f"a number of {digits:,} digits"
 
 
-def shown(value: object, quote: str = "'") -> str:
+def shown_value(value: object, quote: str = "'") -> str:
     """Return a value as a message shows it; a text without quotes where `quote` is empty."""
     text = Shortener().repr(value)
     return text if quote or not isinstance(value, str) else text[1:-1]

@@ -33,7 +33,7 @@ from PIL import Image
 from timing import Timing, describe_machine
 
 from accel_clip.config import DataConfig
-from accel_clip.data.caches.items import DifferentPictures, Plan
+from accel_clip.data.caches.items import CachePlan, DifferentPictures
 from accel_clip.data.caches.picture_building import build
 from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import Preparation
@@ -151,7 +151,7 @@ def decoded(shard: Path) -> PictureCache:
     decode = Preparation(TOKENIZER, PIXELS, data.max_pixels, seed=0).decoded
     folder = shard.with_name("pictures")
     pictures = DifferentPictures(source, decode)
-    list(build(pictures, Plan.of_all(pictures), folder, {}, room_gib=100, num_workers=1))
+    list(build(pictures, CachePlan.of_all(pictures), folder, {}, room_gib=100, num_workers=1))
     return PictureCache(folder)
 
 

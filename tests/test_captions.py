@@ -31,8 +31,8 @@ from accel_clip.config import (
     TrackConfig,
     TrainConfig,
 )
-from accel_clip.data.batch import joined
-from accel_clip.data.captions import choose_caption, is_cut
+from accel_clip.data.batch import joined_batch
+from accel_clip.data.captions import choose_caption, is_caption_cut
 from accel_clip.data.examples import Preparation, batch_of
 from accel_clip.data.order import Order
 from accel_clip.data.sources.base import Pair
@@ -132,7 +132,7 @@ def test_a_caption_is_cut_from_the_first_word_on_that_does_not_fit(kind: str, tm
         caption = words_of(number)
         tokens = tokenizer([caption])[0]
         assert len(tokens) == CONTEXT
-        assert is_cut(caption, tokens, tokenizer) == (number + num_own > CONTEXT), number
+        assert is_caption_cut(caption, tokens, tokenizer) == (number + num_own > CONTEXT), number
 
 
 def test_a_caption_whose_last_token_is_number_0_is_no_padding() -> None:
@@ -141,7 +141,8 @@ def test_a_caption_whose_last_token_is_number_0_is_no_padding() -> None:
     for number in range(CONTEXT - 6, CONTEXT + 1):
         caption = f"{words_of(number)} !★"
         tokens = tokenizer([caption])[0]
-        assert is_cut(caption, tokens, tokenizer) == (number + len(tokenizer.encode("!★")) + 2 > CONTEXT), number
+        num_tokens = number + len(tokenizer.encode("!★")) + 2
+        assert is_caption_cut(caption, tokens, tokenizer) == (num_tokens > CONTEXT), number
 
 
 def test_most_captions_are_tokenized_once() -> None:
@@ -161,7 +162,7 @@ def test_most_captions_are_tokenized_once() -> None:
     assert Counting.calls == 3
     batch = batch_of(examples, [])
     assert batch.num_cut_captions == 3
-    assert joined([batch, batch_of(examples[:5], []), batch_of(examples[-1:], [])]).num_cut_captions == 4
+    assert joined_batch([batch, batch_of(examples[:5], []), batch_of(examples[-1:], [])]).num_cut_captions == 4
 
 
 # --- whole runs

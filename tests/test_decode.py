@@ -21,7 +21,7 @@ from PIL import EpsImagePlugin, Image, PngImagePlugin
 from torchvision.transforms import RandomResizedCrop
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.pictures.augmentation import cut, pixels_of, random_box, resized, smallest_box, training_scale
+from accel_clip.data.pictures.augmentation import cropped, pixels_of, random_box, resized, smallest_box, training_scale
 from accel_clip.data.pictures.decode import ScaleFor, decode_picture, decode_small
 
 MAX_PIXELS = 1e6
@@ -467,7 +467,7 @@ def seen_in_training(data: bytes, seed: int, size: tuple[int, int]) -> tuple[num
     box = random_box(Random(seed), *decoded.size)
     left, upper, right, lower = (edge * scale for edge in box)
     expected = whole.crop((left, upper, min(right, whole.width), min(lower, whole.height)))
-    found = resized(cut(pixels_of(decoded), box), size).permute(1, 2, 0)
+    found = resized(cropped(pixels_of(decoded), box), size).permute(1, 2, 0)
     return found.numpy().astype(int), numpy.asarray(expected.resize(size, Image.Resampling.BICUBIC)).astype(int)
 
 
@@ -627,7 +627,7 @@ def test_extreme_shapes_are_cut_and_resized(size):
         data = encoded(Image.new("RGB", size, "red"), kind)
         pixels = pixels_of(small(data, (32, 24)))
         box = random_box(Random(0), pixels.shape[1], pixels.shape[0])
-        assert resized(cut(pixels, box), (32, 24)).shape == (3, 24, 32)
+        assert resized(cropped(pixels, box), (32, 24)).shape == (3, 24, 32)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (97, 100), (300, 1000), (1000, 300)])

@@ -25,7 +25,7 @@ from torch.nn import functional
 from accel_clip.config import DataConfig, LossConfig, ModelConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.batch import Batch
-from accel_clip.data.examples import Preparation, numbers_in
+from accel_clip.data.examples import Preparation, columns_of_pair
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.order import Order
 from accel_clip.data.pairs import open_training
@@ -493,8 +493,8 @@ def test_sources_with_other_widths_are_refused(tmp_path: Path) -> None:
 
 def test_numbers_cannot_mean_one_of_several_captions() -> None:
     with pytest.raises(UnusableSample, match="2 captions share the numbers in f"):
-        numbers_in(Pair(b"", ("a", "b"), extra={"f": (1.0, 2.0)}))
-    assert numbers_in(Pair(b"", ("a",), extra={"f": (1.0, 2.0)}))["f"].dtype == torch.float32
+        columns_of_pair(Pair(b"", ("a", "b"), extra={"f": (1.0, 2.0)}))
+    assert columns_of_pair(Pair(b"", ("a",), extra={"f": (1.0, 2.0)}))["f"].dtype == torch.float32
 
 
 def test_columns_of_two_widths_are_no_teacher() -> None:

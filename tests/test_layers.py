@@ -140,3 +140,20 @@ def test_a_string_under_each_field_says_what_it_means(file: Path) -> None:
 def test_a_field_without_a_string_is_found() -> None:
     code = '@dataclass(frozen=True)\nclass A:\n    x: int\n    """edge"""\n    y: int = 0\n    z: int\n    """depth"""'
     assert untold_fields(ast.parse(code)) == ["A.y"]
+
+
+NAMED_TWICE = {"flattened", "plain", "shown"}  # in rooms that still have several meanings of them
+
+
+def named_twice() -> dict[str, set[str]]:
+    """Return the names of functions and classes that several modules define, with the modules."""
+    places: dict[str, set[str]] = {}
+    for file in modules():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                places.setdefault(node.name, set()).add(file.relative_to(PACKAGE).as_posix())
+    return {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_a_name_means_one_thing() -> None:
+    assert {name: where for name, where in named_twice().items() if name not in NAMED_TWICE} == {}

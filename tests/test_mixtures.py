@@ -46,7 +46,7 @@ from accel_clip.data.mixture import Mixture, describe_batch, interleaved, order_
 from accel_clip.data.order import BatchOrder, Draws, Order, permutation
 from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.base import Pair
-from accel_clip.data.sources.combine import Concatenated, count_by_part, part_names
+from accel_clip.data.sources.combine import Concatenated, count_by_source, source_names
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES
 from accel_clip.registry import Entry
@@ -123,7 +123,7 @@ def test_every_batch_holds_the_quota_of_each_source_for_any_number_of_processes(
                 assert abs(own[part] - quota / processes) < 2, (own, expected)
     for batch in batches:
         assert len(set(batch)) == batch_size
-        assert list(count_by_part(source, numpy.array(batch)).values()) == expected
+        assert list(count_by_source(source, numpy.array(batch)).values()) == expected
     assert samples_of(order, 3, start=41) == batches[41:44]  # a batch needs none of those before it
 
 
@@ -280,7 +280,7 @@ def test_unusable_samples_are_replaced_by_others_of_their_source_and_none_twice(
     for batch in batches_of(source, order, 30, workers):
         samples = batch.sample.tolist()
         assert len(set(samples)) == 12
-        assert count_by_part(source, batch.sample.numpy()) == {"a": 4, "b": 8}
+        assert count_by_source(source, batch.sample.numpy()) == {"a": 4, "b": 8}
         assert not [sample for sample in samples if (sample if sample < 40 else sample - 40) in unusable]
         met |= {(bad.source, bad.sample) for bad in batch.bad_samples}
     assert met == {(name, sample) for name in "ab" for sample in unusable}
@@ -369,7 +369,7 @@ def test_weights_come_from_the_command_line_and_survive_the_saved_settings(tmp_p
 
 def test_sources_of_one_name_are_told_apart_and_a_batch_is_described() -> None:
     source = Concatenated([Numbered("photos.csv", 90), Numbered("clipart", 20), Numbered("photos.csv", 10)])
-    assert part_names(source) == ["photos.csv", "clipart", "photos.csv (2)"]
+    assert source_names(source) == ["photos.csv", "clipart", "photos.csv (2)"]
     mixed = order_of(source, [2, 1, 1], 16, 0, False)
     expected = "a batch holds 8 pairs of photos.csv, 4 of clipart and 4 of photos.csv (2)"
     assert describe_batch(source, mixed) == expected
@@ -491,7 +491,7 @@ def test_the_held_out_part_leaves_sources_and_weights_aligned(tables: Path) -> N
     found = open_training(config.data)
     pairs, held_out = found.source, found.held_out
     assert isinstance(pairs, Concatenated) and held_out is not None
-    assert part_names(pairs) == [str(tables / "photos.csv"), str(tables / "clipart.csv")]
+    assert source_names(pairs) == [str(tables / "photos.csv"), str(tables / "clipart.csv")]
     assert len(pairs) + len(held_out) == 55 and len(pairs.sources[0]) < 40
     order = order_of(pairs, config.data.source_weights, 8, 0, False)
     captions = [pairs[sample].captions for batch in samples_of(order, 3) for sample in batch]

@@ -269,7 +269,7 @@ def no_estimate(pictures: Source, items: numpy.ndarray) -> Generator[None, None,
 
 def estimate(pictures: picture_building.DifferentPictures) -> int:
     """Return what a whole estimate comes to."""
-    estimating = picture_building.expected_bytes(pictures, numpy.arange(len(pictures)))
+    estimating = picture_building.expected_picture_bytes(pictures, numpy.arange(len(pictures)))
     while True:
         try:
             next(estimating)
@@ -298,7 +298,7 @@ def test_the_room_is_a_limit_however_small_the_estimate_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(picture_building, "expected_bytes", no_estimate)
+    monkeypatch.setattr(picture_building, "expected_picture_bytes", no_estimate)
     monkeypatch.setattr(picture_building, "PICTURES_AT_ONCE", 4)
     written = []
     write = CacheWriter.write
@@ -397,7 +397,7 @@ def counting_decoder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return decode_small(image, *rest)
 
     monkeypatch.setattr(examples, "decode_small", counted)
-    monkeypatch.setattr(picture_building, "expected_bytes", no_estimate)
+    monkeypatch.setattr(picture_building, "expected_picture_bytes", no_estimate)
     return decoded
 
 

@@ -19,7 +19,7 @@ from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.lanes import Lane, LanePosition, choose_num_lanes
 from accel_clip.data.sources.base import Pair, Stream, Streamed
-from accel_clip.data.stream_loader import Lanes, StreamParts, iterate_stream
+from accel_clip.data.stream_loader import LaneBatches, Lanes, iterate_stream
 from accel_clip.faults import ConfigError, DataError
 
 WINDOW, SEED = 5, 3
@@ -77,7 +77,7 @@ def batches(
     share = 4 // num_processes
     numbers = range(process * share, (process + 1) * share)
     lanes = Lanes(stream, numbers, 4, WINDOW, SEED, marks or {})
-    parts = StreamParts(lanes, rows, Preparation(tokens, 16, 1e6, SEED))
+    parts = LaneBatches(lanes, rows, Preparation(tokens, 16, 1e6, SEED))
     loader = iterate_stream(parts, DataConfig(), workers, pin_memory=False)
     try:
         return list(islice(loader, num_batches))

@@ -16,7 +16,7 @@ from commands import ROOT, run, small_model
 from patience import within
 from torch.utils.data import Dataset
 
-from accel_clip.data.workers import Workers, share
+from accel_clip.data.workers import Workers, share_memory_of
 from accel_clip.faults import WorkerKilled
 from accel_clip.process.signals import StopAsked
 
@@ -75,7 +75,7 @@ class Nested:
 
 def test_tensors_are_shared_wherever_they_stand() -> None:
     value = Nested(torch.ones(2), {"a": [(torch.ones(3), "text")]})
-    share(value)
+    share_memory_of(value)
     assert value.one.is_shared() and value.others["a"][0][0].is_shared()
 
 

@@ -19,14 +19,14 @@ ContentCheck = Callable[[Checkpoint], None]
 """A look at a checkpoint; it raises `InvalidCheckpoint`."""
 
 
-def check_files(checkpoint: Checkpoint) -> None:
+def check_contents(checkpoint: Checkpoint) -> None:
     """Raise `InvalidCheckpoint` for a file that cannot be read, or an optimizer's state that is none."""
     names = {
         name: tensor_names(checkpoint.path / name)
         for name in sorted(expected_files(checkpoint.num_processes))
         if name.endswith(".safetensors")
     }
-    check_optimizer(checkpoint.path / OPTIMIZER, names[OPTIMIZER_TENSORS])
+    check_stored_optimizer(checkpoint.path / OPTIMIZER, names[OPTIMIZER_TENSORS])
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -38,7 +38,7 @@ def tensor_names(file: Path) -> list[str]:
         raise InvalidCheckpoint(f"{file.name} cannot be read: {one_line(error)}") from error
 
 
-def check_optimizer(file: Path, tensors: Iterable[str]) -> None:
+def check_stored_optimizer(file: Path, tensors: Iterable[str]) -> None:
     """Raise `InvalidCheckpoint` unless a file holds the state of an optimizer whose tensors have these names."""
     try:
         state = unflatten(read_json(file, dict), dict.fromkeys(tensors, torch.empty(0)))
@@ -62,12 +62,12 @@ def read_state(checkpoint: Checkpoint) -> SavedState:
 
 
 def check_run(checkpoint: Checkpoint, batches_per_step: int = 1, is_exact: bool = False) -> None:
-    """Raise `InvalidCheckpoint` for files as `check_files` does, and for a state that no run can have been in.
+    """Raise `InvalidCheckpoint` for files as `check_contents` does, and for a state that no run can have been in.
 
     batches_per_step: `train.accumulate`, or 1 where it is not known; is_exact: each step took as many, as where no run
     is rolled back past some.
     """
-    check_files(checkpoint)
+    check_contents(checkpoint)
     run = read_state(checkpoint).run
     if run.step != checkpoint.step:
         raise InvalidCheckpoint(f"{STATE}: run.step is {run.step}, and {checkpoint.step} in {MANIFEST}")

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from accel_clip.checkpoint.contents import ContentCheck, check_files
+from accel_clip.checkpoint.contents import ContentCheck, check_contents
 from accel_clip.checkpoint.folders import BEST, folder_name, newest_first, pointed, step_of
 from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, read_checkpoint, verify
 from accel_clip.console import say
@@ -28,7 +28,7 @@ def recover(folder: Path) -> None:
         raise StorageError(f"{folder}: what a killed run left could not be removed: {error}") from error
 
 
-def find_newest(folder: Path, look: ContentCheck = check_files) -> Checkpoint | None:
+def find_newest(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none.
 
     For one process: damaged ones are renamed to `step-….corrupt`, and one line says why and what is used instead.
@@ -47,7 +47,7 @@ def find_newest(folder: Path, look: ContentCheck = check_files) -> Checkpoint | 
     return newest
 
 
-def find_whole(folder: Path, look: ContentCheck = check_files) -> Checkpoint | None:
+def find_whole(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none; damaged ones stay where they are."""
     for path in newest_first(folder):
         with suppress(InvalidCheckpoint):
@@ -55,7 +55,9 @@ def find_whole(folder: Path, look: ContentCheck = check_files) -> Checkpoint | N
     return None
 
 
-def find_newest_for_all(accelerator: Accelerator, folder: Path, look: ContentCheck = check_files) -> Checkpoint | None:
+def find_newest_for_all(
+    accelerator: Accelerator, folder: Path, look: ContentCheck = check_contents
+) -> Checkpoint | None:
     """Clean up and search on the first process, and return what it found on every one.
 
     Collective. Raises `ConfigError` on a machine that does not see the folder.
@@ -75,7 +77,7 @@ def find_newest_for_all(accelerator: Accelerator, folder: Path, look: ContentChe
         raise ConfigError(f"output_dir: {path}: {reason}: all machines must share the folder of the run") from reason
 
 
-def find_best(folder: Path, look: ContentCheck = check_files) -> Checkpoint | None:
+def find_best(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the checkpoint that `BEST` points to, None when there is none that verifies."""
     path = pointed(folder, BEST)
     try:
@@ -85,7 +87,7 @@ def find_best(folder: Path, look: ContentCheck = check_files) -> Checkpoint | No
         return None
 
 
-def open_checkpoint(path: Path, look: ContentCheck = check_files) -> Checkpoint:
+def open_checkpoint(path: Path, look: ContentCheck = check_contents) -> Checkpoint:
     """Return the checkpoint in a folder that the user named; raises `ConfigError` when it does not verify."""
     try:
         checkpoint = verify(path)

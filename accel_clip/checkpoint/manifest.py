@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from accel_clip.checkpoint.snapshot import MODEL, OPTIMIZER, OPTIMIZER_TENSORS, STATE, random_file
-from accel_clip.files.whole import hash_of
+from accel_clip.files.whole import file_hash
 from accel_clip.typed import Count, Range
 from accel_clip.typed_json import WrongContent, read_json
 
@@ -81,7 +81,7 @@ class Checkpoint:
 def make_manifest(folder: Path, step: int, num_processes: int) -> str:
     """Return the manifest of the files that stand in a folder."""
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "blake2b": hash_of(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "blake2b": file_hash(folder / name)}
         for name in sorted(expected_files(num_processes))
     }
     content = {"format": FORMAT, "step": step, "num_processes": num_processes}
@@ -103,7 +103,7 @@ def verify(path: Path) -> Checkpoint:
         for name, listed in files.items():
             check_size(path / name, listed.bytes)
         for name, listed in files.items():
-            if hash_of(path / name) != listed.blake2b:
+            if file_hash(path / name) != listed.blake2b:
                 raise InvalidCheckpoint(f"{name} is damaged: its hash is not the one in {MANIFEST}")
     except OSError as error:
         raise InvalidCheckpoint(f"a file cannot be read: {error}") from error

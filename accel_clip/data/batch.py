@@ -57,7 +57,7 @@ class Batch:
         return replace(self, **pinned, extra=extra, features=features)
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def joined_batch(parts: Sequence[Batch]) -> Batch:
     """Return parts of a batch as one, in their order."""
     first = parts[0]
     if len(parts) == 1:

@@ -25,7 +25,7 @@ def choose_caption(
     """
     if not captions:
         raise UnusableSample("no_caption", "the caption is empty or missing")
-    require_size(captions)
+    require_caption_size(captions)
     if not weights:
         return captions[derive_seed(seed, "caption", epoch, sample) % len(captions)]
     *ends, total = accumulate(weights)
@@ -48,7 +48,7 @@ def weighted(
     return captions, tuple(weights[key] / len(texts) for key, texts in stripped.items() for _ in texts)
 
 
-def require_size(captions: tuple[str, ...], path: str | None = None) -> tuple[str, ...]:
+def require_caption_size(captions: tuple[str, ...], path: str | None = None) -> tuple[str, ...]:
     """Return a sample's captions; raises `UnusableSample` when one of them is too large to be tokenized."""
     for caption in captions:
         if len(caption) > LARGEST_CAPTION_BYTES // 4 and len(caption.encode()) > LARGEST_CAPTION_BYTES:
@@ -61,7 +61,7 @@ def caption_too_large(size: str, path: str | None) -> UnusableSample:
     return UnusableSample("caption_too_large", f"{size}, and at most {LARGEST_CAPTION_BYTES:,} bytes are read", path)
 
 
-def is_cut(caption: str, tokens: Tensor, tokenizer: Callable[..., Tensor]) -> bool:
+def is_caption_cut(caption: str, tokens: Tensor, tokenizer: Callable[..., Tensor]) -> bool:
     """Return whether a caption has more tokens, those around its text included, than a row of them [L] takes.
 
     tokenizer: one of open_clip, with its own vocabulary or that of a library inside; a plain function has a limit that
@@ -86,6 +86,6 @@ def num_tokens(caption: str, tokenizer: Any, library: Any) -> int:
     return len(found) + 3 * brings_its_own
 
 
-def hash_of(kind: str, identity: str) -> int:
+def identity_hash(kind: str, identity: str) -> int:
     """Return a 63-bit number that equal captions, or keys of pictures, share."""
     return derive_seed(kind, identity)

@@ -17,8 +17,15 @@ from accel_clip.data.bad_samples import BadSample, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.caches.features import FeatureCache
 from accel_clip.data.caches.pictures import PictureCache
-from accel_clip.data.captions import choose_caption, hash_of, is_cut
-from accel_clip.data.pictures.augmentation import cut, evaluation_pixels, pixels_of, random_box, resized, training_scale
+from accel_clip.data.captions import choose_caption, identity_hash, is_caption_cut
+from accel_clip.data.pictures.augmentation import (
+    cropped,
+    evaluation_pixels,
+    pixels_of,
+    random_box,
+    resized,
+    training_scale,
+)
 from accel_clip.data.pictures.decode import decode_picture, decode_small
 from accel_clip.data.pictures.transforms import Transforms, build_transforms
 from accel_clip.data.sources.base import Pair
@@ -81,10 +88,10 @@ class Preparation:
     def example(self, pair: Pair, key: str, sample: int, epoch: int) -> Example:
         """Return a pair as an example; `key` is its picture's; raises `UnusableSample`."""
         caption = choose_caption(pair.captions, self.seed, epoch, sample, pair.weights)
-        hashes = {"text": hash_of("caption", caption), "image": hash_of("picture", key)}
+        hashes = {"text": identity_hash("caption", caption), "image": identity_hash("picture", key)}
         features = {f"{side}_features": known[hashes[side]] for side, known in self.features.items()}
         image = NO_PICTURE if "image" in self.features else self.image_of(pair, hashes["image"], sample, epoch)
-        (tokens, has_more), numbers = self.tokens_of(caption), numbers_in(pair)
+        (tokens, has_more), numbers = self.tokens_of(caption), columns_of_pair(pair)
         return Example(image, tokens, sample, hashes["text"], hashes["image"], numbers, features, has_more)
 
     def image_of(self, pair: Pair, picture_hash: int, sample: int, epoch: int) -> Tensor:
@@ -101,7 +108,7 @@ class Preparation:
             return pixels
         height, width, _ = pixels.shape
         generator = Random(derive_seed(self.seed, "augmentation", epoch, sample))
-        return resized(cut(pixels, random_box(generator, width, height)), self.size)
+        return resized(cropped(pixels, random_box(generator, width, height)), self.size)
 
     def decoded(self, image: Image | bytes | Path) -> Tensor:
         """Return what of a picture is always the same: uint8 [h, w, 3] to be cut, or [3, H, W] without augmentation."""
@@ -115,7 +122,7 @@ class Preparation:
         if known is not None:
             return torch.frombuffer(bytearray(known[0]), dtype=torch.int32).long(), known[1]
         tokens = self.tokenizer([caption])[0]
-        has_more = is_cut(caption, tokens, self.tokenizer)
+        has_more = is_caption_cut(caption, tokens, self.tokenizer)
         if len(self.known_tokens) < MOST_KNOWN_CAPTIONS:
             self.known_tokens[caption] = tokens.int().numpy().tobytes(), has_more
         return tokens, has_more
@@ -134,7 +141,7 @@ def preparation_for(
     return Preparation(model.tokenizer, size, data.max_pixels, config.seed, pixels, features, pictures, transforms)
 
 
-def numbers_in(pair: Pair) -> dict[str, Tensor]:
+def columns_of_pair(pair: Pair) -> dict[str, Tensor]:
     """Return a pair's columns of numbers, float32; raises `UnusableSample` where they could mean several captions."""
     if pair.extra and len(pair.captions) > 1:
         detail = f"{len(pair.captions)} captions share the numbers in {', '.join(pair.extra)}: write a row for each"

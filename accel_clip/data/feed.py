@@ -10,21 +10,21 @@ from typing import Any
 
 from accel_clip.config import Config, DataConfig, TrainConfig
 from accel_clip.console import say
-from accel_clip.data.batch import joined
+from accel_clip.data.batch import joined_batch
 from accel_clip.data.examples import Preparation
-from accel_clip.data.feed_parts import Batches, FetchedPart, LoaderRank, Part, StreamPart
+from accel_clip.data.feed_parts import Batches, BatchPart, FetchedPart, LoaderRank, StreamPart
 from accel_clip.data.lanes import MOST_LANES, SHARDS_OF_A_LANE, LanePosition, choose_num_lanes
 from accel_clip.data.mixture import (
     describe_batch,
-    listed,
     order_of,
+    pairs_in_words,
     quotas,
     require_a_pair_of_each,
 )
 from accel_clip.data.order import check_divisible
 from accel_clip.data.pairs import PairsOfRun
 from accel_clip.data.sources.base import Source, Stream
-from accel_clip.data.sources.combine import part_names, told_apart
+from accel_clip.data.sources.combine import source_names, told_apart
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import derive_seed
 
@@ -32,7 +32,7 @@ from accel_clip.randomness import derive_seed
 class Feed:
     """The contrastive batches of a run: each is filled by all parts together."""
 
-    def __init__(self, parts: Sequence[Part], data: DataConfig) -> None:
+    def __init__(self, parts: Sequence[BatchPart], data: DataConfig) -> None:
         self.parts, self.data = list(parts), data
         self.streams = [part for part in parts if isinstance(part, StreamPart)]
         self.fetched = next((part for part in parts if isinstance(part, FetchedPart)), None)
@@ -62,7 +62,7 @@ class Feed:
         if not self.streams and self.fetched is not None:
             return describe_batch(self.fetched.source, self.fetched.order)
         held = self.pairs_in_batch
-        return f"a batch holds {listed(held)}" if len(held) > 1 else None
+        return f"a batch holds {pairs_in_words(held)}" if len(held) > 1 else None
 
     def num_steps(self, train: TrainConfig) -> int:
         """Return the optimizer steps of a run; raises `ConfigError` where they are not known."""
@@ -93,7 +93,7 @@ class Feed:
                 own_seat = replace(seat, num_workers=num_workers, pin_memory=pin_parts)
                 loaded.append(opened.enter_context(closing(part.open(batches, own_seat, preparation, self.data))))
             for _ in batches:
-                batch = joined([next(each) for each in loaded])
+                batch = joined_batch([next(each) for each in loaded])
                 yield batch.pin_memory() if seat.pin_memory and not pin_parts else batch
 
     def places(self) -> list[dict[int, LanePosition]]:
@@ -135,11 +135,11 @@ def build_feed(opened: PairsOfRun, config: Config, num_processes: int) -> Feed:
         return Feed([FetchedPart(opened.source, order)], config.data)
     require_known_pairs(opened, config)
     of_source, *of_streams = shares(opened, batch_size, num_processes)
-    parts: list[Part] = []
+    parts: list[BatchPart] = []
     if opened.source is not None:
         order = order_of(opened.source, opened.weights, of_source, seed, replacement)
         parts.append(FetchedPart(opened.source, order))
-    fetched_names = [] if opened.source is None else part_names(opened.source)
+    fetched_names = [] if opened.source is None else source_names(opened.source)
     names = told_apart([*fetched_names, *(stream.name for stream, _ in opened.streams)])[len(fetched_names) :]
     for number, ((stream, _), name, num_pairs) in enumerate(zip(opened.streams, names, of_streams, strict=True)):
         num_lanes = choose_num_lanes(stream, num_pairs, num_processes)

@@ -17,8 +17,8 @@ from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
 from accel_clip.data.mixture import pairs_in_batch
 from accel_clip.data.order import BatchOrder
 from accel_clip.data.sources.base import Source, Stream
-from accel_clip.data.sources.combine import count_by_part
-from accel_clip.data.stream_loader import Lanes, StreamParts, iterate_stream
+from accel_clip.data.sources.combine import count_by_source
+from accel_clip.data.stream_loader import LaneBatches, Lanes, iterate_stream
 from accel_clip.faults import ConfigError
 
 Batches = Generator[Batch, None, None]
@@ -38,7 +38,7 @@ class LoaderRank:
     """whether batches come in page-locked memory"""
 
 
-class Part(Protocol):
+class BatchPart(Protocol):
     """What fills a fixed part of every contrastive batch; it says which pairs are whose in `Batch.num_pairs`."""
 
     @property
@@ -81,7 +81,7 @@ class FetchedPart:
         pairs = TrainingPairs(self.source, self.order, preparation)
         with closing(iterate(pairs, places, data, seat.num_workers, seat.pin_memory)) as loaded:
             for batch in loaded:
-                counts = count_by_part(self.source, batch.sample.numpy())
+                counts = count_by_source(self.source, batch.sample.numpy())
                 yield replace(batch, num_pairs=counts)
 
 
@@ -124,7 +124,7 @@ class StreamPart:
         numbers = range(seat.process * own, (seat.process + 1) * own)
         self.marks = {number: mark for number, mark in self.marks.items() if number in numbers}
         lanes = Lanes(self.stream, numbers, self.num_lanes, self.window, self.seed, dict(self.marks))
-        parts = StreamParts(lanes, self.num_pairs // self.num_lanes, preparation)
+        parts = LaneBatches(lanes, self.num_pairs // self.num_lanes, preparation)
         with closing(iterate_stream(parts, data, seat.num_workers, seat.pin_memory)) as loaded:
             for batch in loaded:
                 self.marks.update({mark.lane: mark for mark in batch.marks})

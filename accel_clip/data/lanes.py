@@ -13,14 +13,14 @@ on that of loader workers: each has some of the lanes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 
 from accel_clip.data.bad_samples import MISSING, UnusableSample
 from accel_clip.data.sources.base import Stream, Streamed
-from accel_clip.faults import ConfigError, DataError
+from accel_clip.faults import ConfigError, DataError, some_of
 from accel_clip.randomness import derive_seed
 
 MOST_LANES = 16
@@ -30,6 +30,7 @@ SHARDS_OF_A_LANE = 2
 be shown more often by as much as others are longer, and one that has a single lost shard could not go on"""
 MOST_LOST_SHARDS = 3
 """in a row, after which a lane stops the run: it can be taken up when the network is back"""
+MOST_NAMED = 10  # shards, in a message
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ class Lane:
         items = self.read_epoch(mark)
         window = list(islice(items, self.window))
         if not window and (mark.shard, mark.start) == (0, 0):
-            raise DataError(f"{self.stream.name}: nothing can be read from the shards {shown(self.shards)}")
+            raise DataError(
+                f"{self.stream.name}: nothing can be read from the shards {some_of(self.shards, MOST_NAMED)}"
+            )
         while window:
             following: list[ShardItem] = []
             for taken, number in enumerate(self.shuffled(len(window), mark)):
@@ -148,11 +151,6 @@ def lost_too_many(stream: Stream, number: int, last: Streamed | None) -> DataErr
         f"{stream.name}: {number} shards in a row cannot be read, the last is {last.pair.path}: {last.pair.detail}; "
         "the same command goes on from the last checkpoint when they can"
     )
-
-
-def shown(shards: Sequence[int]) -> str:
-    """Return the numbers of shards for a message."""
-    return ", ".join(map(str, shards[:10])) + (", …" if len(shards) > 10 else "")
 
 
 def choose_num_lanes(stream: Stream, num_pairs: int, num_processes: int) -> int:

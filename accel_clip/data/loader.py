@@ -87,7 +87,7 @@ class BatchPlaces(Sampler[list[Place]]):
             yield self.order.places(batch, self.process, self.num_processes)
 
 
-def collate(fetched: Sequence[FoundExample | DataError]) -> Batch | DataError:
+def collate_examples(fetched: Sequence[FoundExample | DataError]) -> Batch | DataError:
     """Return what was found as one batch, or the first error among it."""
     for item in fetched:
         if isinstance(item, DataError):
@@ -105,5 +105,5 @@ def iterate(
     """
     workers = Workers(num_workers, config.prefetch, pin_memory)
     with recognised(), memory_shared():
-        for item in workers.load(pairs, collate, places):
+        for item in workers.load(pairs, collate_examples, places):
             yield usable_or_raise(item)

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from accel_clip.data.order import BatchOrder, Draws, Order, Place, SourceOrder, own_slots
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.combine import Concatenated, part_names
+from accel_clip.data.sources.combine import Concatenated, source_names
 from accel_clip.faults import ConfigError
 from accel_clip.randomness import derive_seed
 
@@ -75,7 +75,7 @@ def order_of(
     if weights is None:
         return kind(len(source), batch_size, seed)
     assert isinstance(source, Concatenated) and len(source.sources) == len(weights), (source, weights)
-    names, held = part_names(source), quotas(weights, batch_size)
+    names, held = source_names(source), quotas(weights, batch_size)
     require_a_pair_of_each(names, weights, held)
     require_enough_samples(names, [len(part) for part in source.sources], weights, held)
     parts = zip(source.sources, held, strict=True)
@@ -169,7 +169,7 @@ def pairs_in_batch(source: Source, order: BatchOrder) -> dict[str, float]:
         numbers = [float(part.batch_size) for part in order.parts]
     else:
         numbers = [order.batch_size * len(part) / len(source) for part in source.sources]
-    return dict(zip(part_names(source), numbers, strict=True))
+    return dict(zip(source_names(source), numbers, strict=True))
 
 
 def describe_batch(source: Source, order: BatchOrder) -> str | None:
@@ -178,10 +178,10 @@ def describe_batch(source: Source, order: BatchOrder) -> str | None:
     if len(held) < 2:
         return None
     average = "" if isinstance(order, Mixture) else "on average "
-    return f"a batch holds {average}{listed(held)}"
+    return f"a batch holds {average}{pairs_in_words(held)}"
 
 
-def listed(held: Mapping[str, float]) -> str:
+def pairs_in_words(held: Mapping[str, float]) -> str:
     """Return numbers of pairs by source in words, such as `192 pairs of photos.csv and 64 of clipart`."""
     first, *others = [f"{number:,.1f}".removesuffix(".0") + f" of {name}" for name, number in held.items()]
     words = [first.replace(" of ", " pairs of ", 1), *others]

@@ -153,7 +153,7 @@ class Draws(SourceOrder):
         """Yield the sample at a place, then every `batch_size`-th behind it: slots never meet here either."""
         key = derive_seed(self.seed, "draws", place.epoch)
         for position in range(place.position, self.num_samples, self.batch_size):
-            yield shuffled(position, self.num_samples, key)
+            yield shuffled_sample(position, self.num_samples, key)
 
 
 def permutation(seed: int, epoch: int, num_samples: int) -> numpy.ndarray:
@@ -162,7 +162,7 @@ def permutation(seed: int, epoch: int, num_samples: int) -> numpy.ndarray:
     return generator.permutation(num_samples)
 
 
-def shuffled(position: int, num_samples: int, key: int) -> int:
+def shuffled_sample(position: int, num_samples: int, key: int) -> int:
     """Return what stands at a position of the random order of `num_samples` samples that belongs to `key`.
 
     No other position is looked at, so the number of samples costs neither time nor memory. The order is a Feistel

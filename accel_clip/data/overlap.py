@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import HasIdentity, HasKeys, bases, origin
-from accel_clip.files.whole import hash_of
+from accel_clip.files.whole import file_hash
 
 MOST_FILES = 1 << 16  # their sizes take a second
 
@@ -23,11 +23,11 @@ MOST_FILES = 1 << 16  # their sizes take a second
 def num_shown_in_training(training: Source, held_out: Source) -> int:
     """Return how many pairs of a held-out source show a picture that whole sources of training show too."""
     wanted = [identity_of(held_out, index) for index in range(len(held_out))]
-    names = {last_part(held_out.key(index)) for index in range(len(held_out))}
+    names = {last_name(held_out.key(index)) for index in range(len(held_out))}
     known: set[str | None] = set()
     for source in bases(training):
         keys = source.keys() if isinstance(source, HasKeys) else map(source.key, range(len(source)))
-        known |= {identity_of(source, index) for index, key in enumerate(keys) if last_part(key) in names}
+        known |= {identity_of(source, index) for index, key in enumerate(keys) if last_name(key) in names}
     known |= copies({each for each in wanted if each is not None} - known, training)
     return sum(identity in known for identity in wanted if identity is not None)
 
@@ -38,7 +38,7 @@ def identity_of(source: Source, index: int) -> str | None:
     return base.identity(inside) if isinstance(base, HasIdentity) else None
 
 
-def last_part(key: str) -> str:
+def last_name(key: str) -> str:
     """Return what a key has behind its last slash."""
     return key.rpartition("/")[2]
 
@@ -51,8 +51,8 @@ def copies(held_out: set[str], training: Source) -> set[str]:
     for file, size in sizes(held_out):
         by_size[size].append(file)
     trained = (identity_of(training, index) for index in range(len(training)))
-    contents = {hash_of(Path(file)) for file, size in sizes({each for each in trained if each}) if size in by_size}
-    return {file for files in by_size.values() for file in files if contents and hash_of(Path(file)) in contents}
+    contents = {file_hash(Path(file)) for file, size in sizes({each for each in trained if each}) if size in by_size}
+    return {file for files in by_size.values() for file in files if contents and file_hash(Path(file)) in contents}
 
 
 def sizes(files: set[str]) -> Iterator[tuple[str, int]]:

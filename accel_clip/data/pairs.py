@@ -18,7 +18,7 @@ from accel_clip.data.sources.resolve import (
     as_one,
     open_item,
     open_sources,
-    require_columns,
+    require_number_columns,
 )
 
 
@@ -51,7 +51,7 @@ def open_training(
     extra: columns of numbers that the pairs to train on must bring; index_folder: as in `SourceOptions`.
     """
     items = [open_item(item, data, extra, index_folder, locations) for item in data.train]
-    require_columns(items, extra)
+    require_number_columns(items, extra)
     weights = data.source_weights or [1.0] * len(items)
     weighted = list(zip(items, weights, strict=True))
     streams = [(item, weight) for item, weight in weighted if isinstance(item, Stream)]

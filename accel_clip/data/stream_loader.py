@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import BadSample, UnusableSample, too_few_usable
-from accel_clip.data.batch import Batch, joined
+from accel_clip.data.batch import Batch, joined_batch
 from accel_clip.data.examples import Example, Preparation, batch_of
 from accel_clip.data.lanes import Lane, LaneItem, LanePosition
 from accel_clip.data.sources.base import Stream
@@ -48,7 +48,7 @@ class Lanes:
         return lane.give(self.marks.get(number, LanePosition(number)))
 
 
-class StreamParts(PluginsFirst, IterableDataset[Batch | DataError]):
+class LaneBatches(PluginsFirst, IterableDataset[Batch | DataError]):
     """Parts of batches, `rows` pairs of a lane each, lane after lane; a worker gives those of its own lanes.
 
     An error is given too, and is the last: raised in a worker it would lose its message.
@@ -108,7 +108,7 @@ def as_it_is(part: Batch | DataError) -> Batch | DataError:
 
 
 def iterate_stream(
-    parts: StreamParts, config: DataConfig, num_workers: int, pin_memory: bool
+    parts: LaneBatches, config: DataConfig, num_workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process, on the CPU, without end; raises what a worker could not get over.
 
@@ -120,7 +120,7 @@ def iterate_stream(
     with recognised(), memory_shared():
         items = Workers(workers, ahead).load(parts, as_it_is)
         while True:
-            whole = joined([usable_or_raise(next(items)) for _ in range(num_lanes)])
+            whole = joined_batch([usable_or_raise(next(items)) for _ in range(num_lanes)])
             yield whole.pin_memory() if pin_memory else whole
 
 

@@ -139,22 +139,22 @@ def handed_over(collate: Collate, items: Any) -> Any:
     """
     batch = collate(items)
     if get_worker_info() is not None:
-        share(batch)
+        share_memory_of(batch)
     return batch
 
 
-def share(value: Any) -> None:
+def share_memory_of(value: Any) -> None:
     """Move all tensors in a value to shared memory; raises RuntimeError when that is full."""
     if isinstance(value, Tensor):
         value.share_memory_()
     elif isinstance(value, Mapping):
-        share(list(value.values()))
+        share_memory_of(list(value.values()))
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         for each in value:
-            share(each)
+            share_memory_of(each)
     elif is_dataclass(value):
         for each in fields(value):
-            share(getattr(value, each.name))
+            share_memory_of(getattr(value, each.name))
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample, by_reason
-from accel_clip.data.captions import require_size
+from accel_clip.data.captions import require_caption_size
 from accel_clip.data.held_out import FEW_PAIRS, few_in_words
 from accel_clip.data.sources.base import Source
 from accel_clip.faults import DataError
@@ -95,7 +95,7 @@ def captions_of(source: Source, index: int) -> tuple[str, ...]:
     captions = tuple(caption for caption in source[index].captions if caption.strip())
     if not captions:
         raise UnusableSample("no_caption", "the caption is empty or missing")
-    return require_size(captions)
+    return require_caption_size(captions)
 
 
 def validation_loss(

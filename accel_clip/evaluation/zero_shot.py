@@ -17,7 +17,7 @@ from torch import Tensor
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample, by_reason
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.class_names import are_codes, some_of
+from accel_clip.data.sources.class_names import are_codes, some_names
 from accel_clip.evaluation.encode import encode_captions
 from accel_clip.evaluation.retrieval import ranks, recall_at
 from accel_clip.faults import ConfigError, DataError
@@ -65,7 +65,7 @@ def read_labelled(source: Source, label_key: str | None = None) -> LabelledPictu
     classes = sorted(set(labels.values()))
     if label_key is None and are_codes(classes):
         raise ConfigError(
-            f"eval.label_key: the classes of {source.name} ({some_of(classes)}) are no words, by which a text tower "
+            f"eval.label_key: the classes of {source.name} ({some_names(classes)}) are no words, by which a text tower "
             "could find them: name a column with the names of classes, or the one with these if they are meant so"
         )
     number = {name: place for place, name in enumerate(classes)}

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from accel_clip.console import say
-from accel_clip.faults import ConfigError, StorageError
+from accel_clip.faults import ConfigError, StorageError, some_of
 from accel_clip.files.lock import LOCK, FolderLock, is_held
-from accel_clip.files.names import CONDEMNED, DRAFT, REPLACED, beside, place_of, state_of, unfinished
-from accel_clip.files.whole import hash_of, sync_file, sync_folder, write_text
+from accel_clip.files.names import CONDEMNED, DRAFT, REPLACED, beside, place_of_unfinished, state_of, unfinished
+from accel_clip.files.whole import file_hash, sync_file, sync_folder, write_text
 from accel_clip.typed_json import WrongContent, read_json
 
 MARK = ".accel_clip.json"
@@ -96,7 +96,8 @@ def dismiss(folder: Path, place: Path, kind: str) -> None:
         return
     kept = free_name(place, "kept")
     folder.rename(kept)
-    say(f"warning: {place.name} held what is not of this run ({named(foreign_names(kept, kind))}): kept as {kept}")
+    foreign = some_of(foreign_names(kept, kind), MOST_NAMED)
+    say(f"warning: {place.name} held what is not of this run ({foreign}): kept as {kept}")
 
 
 def set_aside(path: Path, ending: str) -> Path:
@@ -122,7 +123,7 @@ def settle(folder: Path, place: Path | None = None) -> None:
     A whole draft whose place is free gets it, what was replaced comes back where nothing took its place, and the rest
     goes. What carries no mark of ours stays, and so does what another process writes. Not while this one writes there.
     """
-    left = [path for path in unfinished(folder) if place is None or place_of(path) == folder / place.name]
+    left = [path for path in unfinished(folder) if place is None or place_of_unfinished(path) == folder / place.name]
     for path in sorted(left, key=lambda each: STATES.index(state_of(each))):
         if is_file(path):
             path.unlink()
@@ -135,7 +136,7 @@ def settle(folder: Path, place: Path | None = None) -> None:
 def remove_unmarked(path: Path) -> None:
     """Remove a folder with an unfinished name that was not marked yet, or no longer; one that holds anything stays."""
     for begun in unfinished(path):
-        if place_of(begun) == path / MARK and is_file(begun):
+        if place_of_unfinished(begun) == path / MARK and is_file(begun):
             begun.unlink()
     if not any(path.iterdir()):
         path.rmdir()
@@ -143,7 +144,7 @@ def remove_unmarked(path: Path) -> None:
 
 def settle_marked(path: Path, mark: FolderMark) -> None:
     """Finish or undo what a kill left of one folder that carries our mark and an unfinished name."""
-    place, state = place_of(path), state_of(path)
+    place, state = place_of_unfinished(path), state_of(path)
     assert place is not None, path
     if state == CONDEMNED or (state == DRAFT and (place.exists() or not is_whole(path, mark))):
         remove_condemned(path)
@@ -164,7 +165,9 @@ def will_stand_whole(place: Path) -> bool:
     place = place.resolve()
     if place.exists():
         return stands_whole(place)
-    left = [path for path in unfinished(place.parent) if place_of(path) == place and state_of(path) != CONDEMNED]
+    left = [
+        path for path in unfinished(place.parent) if place_of_unfinished(path) == place and state_of(path) != CONDEMNED
+    ]
     return any(stands_whole(path) for path in left if not is_file(path))
 
 
@@ -181,7 +184,7 @@ def remove_condemned(folder: Path) -> None:
     mark = read_mark(folder)
     listed = None if mark is None else mark.files
     for leaf in leaves_of(folder):
-        if mark is None or (listed is not None and name_in(folder, leaf) not in listed):
+        if mark is None or (listed is not None and name_below(folder, leaf) not in listed):
             continue
         leaf.unlink() if is_file(leaf) else leaf.rmdir()
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -200,13 +203,13 @@ def foreign_names(folder: Path, kind: str) -> list[str]:
         return [folder.name] if folder.exists() else []
     mark = read_mark(folder)
     known = mark.files if mark is not None and mark.kind == kind and mark.files is not None else {}
-    names = {name_in(folder, leaf): leaf for leaf in leaves_of(folder)}
+    names = {name_below(folder, leaf): leaf for leaf in leaves_of(folder)}
     return [name for name, leaf in names.items() if name not in known or is_edited(leaf, known[name][1])]
 
 
 def is_edited(file: Path, digest: str | None) -> bool:
     """Return whether a file is another one than the mark lists."""
-    return file.is_symlink() or (digest is not None and hash_of(file) != digest)
+    return file.is_symlink() or (digest is not None and file_hash(file) != digest)
 
 
 def leaves_of(folder: Path) -> list[Path]:
@@ -224,7 +227,7 @@ def is_file(path: Path) -> bool:
     return path.is_symlink() or not path.is_dir()
 
 
-def name_in(folder: Path, path: Path) -> str:
+def name_below(folder: Path, path: Path) -> str:
     """Return the name of a path below a folder, with slashes on every system."""
     return path.relative_to(folder).as_posix()
 
@@ -234,8 +237,8 @@ def listing(folder: Path, editable: Collection[str]) -> dict[str, tuple[int, str
     files = {}
     for file in filter(is_file, leaves_of(folder)):
         sync_file(file)
-        name = name_in(folder, file)
-        files[name] = (file.stat().st_size, hash_of(file) if name in editable else None)
+        name = name_below(folder, file)
+        files[name] = (file.stat().st_size, file_hash(file) if name in editable else None)
     return files
 
 
@@ -259,8 +262,8 @@ def require_own(place: Path, kind: str, setting: str) -> None:
     foreign = foreign_names(place, kind)
     if foreign:
         raise ConfigError(
-            f"{setting}: {place} is where the {kind} would go, and it holds what is not of it ({named(foreign)}): move "
-            "that away, or name another folder"
+            f"{setting}: {place} is where the {kind} would go, and it holds what is not of it "
+            f"({some_of(foreign, MOST_NAMED)}): move that away, or name another folder"
         )
 
 
@@ -270,9 +273,3 @@ def require_link(path: Path, setting: str) -> None:
         raise ConfigError(
             f"{setting}: {path} is a link to {path.readlink()}, which is not there: mount that, or remove the link"
         )
-
-
-def named(names: list[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -16,7 +16,7 @@ def beside(place: Path, state: str) -> Path:
     return place.with_name(f".accel_clip-{place.name}-{uuid.uuid4().hex}.{state}")
 
 
-def place_of(path: Path) -> Path | None:
+def place_of_unfinished(path: Path) -> Path | None:
     """Return the place that an unfinished name was made for, None for any other name."""
     match = UNFINISHED.fullmatch(path.name)
     return None if match is None else path.with_name(match["place"])
@@ -29,4 +29,4 @@ def state_of(path: Path) -> str:
 
 def unfinished(folder: Path) -> list[Path]:
     """Return everything in a folder that has an unfinished name, in a fixed order."""
-    return sorted(path for path in folder.iterdir() if place_of(path) is not None) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if place_of_unfinished(path) is not None) if folder.is_dir() else []

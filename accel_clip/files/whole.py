@@ -62,7 +62,7 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
-def hash_of(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """Return the blake2b hash of a file, 32 bytes in hexadecimal."""
     digest = hashlib.blake2b(digest_size=32)
     with file.open("rb") as opened:

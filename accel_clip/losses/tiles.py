@@ -120,9 +120,9 @@ class Side:
         """Yield the logits of all rows with all columns in square tiles, in memory that is taken once."""
         edge = math.isqrt(TILE_BYTES // (2 * self.rows.element_size())) if tile_rows is None else tile_rows
         memory = self.rows.new_empty(2, min(edge, len(self.rows)) * min(edge, len(self.columns)))
-        for rows in parts(len(self.rows), edge):
+        for rows in row_slices(len(self.rows), edge):
             scaled = self.rows[rows] * scale
-            for columns in parts(len(self.columns), edge):
+            for columns in row_slices(len(self.columns), edge):
                 shape = (len(scaled), columns.stop - columns.start)
                 logits, scratch = (each[: math.prod(shape)].view(shape) for each in memory)
                 torch.mm(scaled, self.columns[columns].T, out=logits)
@@ -207,7 +207,7 @@ def softmax_share(
     with torch.no_grad(), ieee_float32():
         processes = OneProcess() if accelerator.num_processes == 1 else accelerator
         images, texts = sides(processes, image_features, text_features)
-        scale, positives = scalar(logit_scale, images), positives.gathered(processes)
+        scale, positives = feature_scalar(logit_scale, images), positives.gathered(processes)
 
         def logits(side: Side) -> Iterator[Tile]:
             return positives.masked(side.tiles(scale, tile_rows), side.own)
@@ -222,7 +222,7 @@ def softmax_share(
         by_text.sub_(positives.beyond_own(texts), alpha=2)
         right_logits = own_logits + scale * (images.rows * other_texts).sum(1)
         loss = sum((largest - right_logits + total.log()).sum() for largest, total in (own_row, own_column))
-        return share(images, logit_scale, 2 * len(images.columns), loss, by_image, by_text, torch.zeros_like(scale))
+        return averaged(images, logit_scale, 2 * len(images.columns), loss, by_image, by_text, torch.zeros_like(scale))
 
 
 def sigmoid_share(
@@ -241,14 +241,14 @@ def sigmoid_share(
     with torch.no_grad(), ieee_float32():
         processes = OneProcess() if accelerator.num_processes == 1 else accelerator
         images, texts = sides(processes, image_features, text_features)
-        scale, bias = scalar(logit_scale, images), scalar(logit_bias, images)
+        scale, bias = feature_scalar(logit_scale, images), feature_scalar(logit_bias, images)
         loss, by_bias = torch.zeros_like(bias), torch.zeros_like(bias)
         image_logits = adding_up(negated_own_pairs(images.tiles(scale, tile_rows), bias), softplus, loss)
         image_weights = adding_up(sigmoid_weights(image_logits), lambda tile: tile.logits, by_bias)
         text_weights = sigmoid_weights(negated_own_pairs(texts.tiles(scale, tile_rows), bias))
         by_image, by_text = products(images, texts, image_weights, text_weights)
         by_bias = by_bias.reshape(logit_bias.shape)
-        return share(images, logit_scale, len(images.columns), loss, by_image, by_text, by_bias)
+        return averaged(images, logit_scale, len(images.columns), loss, by_image, by_text, by_bias)
 
 
 def tiled_clip_loss(
@@ -318,12 +318,12 @@ def softmax_sums(
     row, column = (side.rows.new_tensor([[lowest], [0]]).repeat(1, len(each)) for each in (side.rows, side.columns))
     own_logits = side.rows.new_empty(len(side.rows))
     for tile in logits:
-        row[:, tile.rows] = joined(torch.stack([row[:, tile.rows], sums_of(tile, 1)]))
-        column[:, tile.columns] = joined(torch.stack([column[:, tile.columns], sums_of(tile, 0)]))
+        row[:, tile.rows] = joined_sums(torch.stack([row[:, tile.rows], sums_of(tile, 1)]))
+        column[:, tile.columns] = joined_sums(torch.stack([column[:, tile.columns], sums_of(tile, 0)]))
         own_logits[tile.own_rows] = tile.own_pairs
     everyone = processes.gather(torch.cat([row, column], dim=1)[None])
     rows, columns = everyone[..., : len(side.rows)], everyone[..., len(side.rows) :]
-    return rows.movedim(0, 1).flatten(1), joined(columns), own_logits
+    return rows.movedim(0, 1).flatten(1), joined_sums(columns), own_logits
 
 
 def sums_of(tile: Tile, dim: int) -> Tensor:
@@ -335,7 +335,7 @@ def sums_of(tile: Tile, dim: int) -> Tensor:
     return torch.stack([largest.squeeze(dim), torch.sub(tile.logits, largest, out=tile.scratch).exp_().sum(dim)])
 
 
-def joined(sums: Tensor) -> Tensor:
+def joined_sums(sums: Tensor) -> Tensor:
     """Return the log-sum-exps [2, n] of k parts [k, 2, n], each as in `sums_of`."""
     largest = sums[:, 0].amax(0)
     return torch.stack([largest, (sums[:, 1] * (sums[:, 0] - largest).exp()).sum(0)])
@@ -400,21 +400,21 @@ def product(side: Side, weights: Iterator[Tile]) -> Tensor:
     return total
 
 
-def share(
+def averaged(
     images: Side, logit_scale: Tensor, count: int, loss: Tensor, by_image: Tensor, by_text: Tensor, by_bias: Tensor
 ) -> Share:
     """Divide sums over pairs by their count; turn the gradients by s X and s Y, in place, into those by X, Y and s."""
     by_scale = (images.rows * by_image).sum().div_(count).reshape(logit_scale.shape)
-    factor = scalar(logit_scale, images) / count
+    factor = feature_scalar(logit_scale, images) / count
     return Share(loss / count, by_image.mul_(factor), by_text.mul_(factor), by_scale, by_bias / count)
 
 
-def scalar(value: Tensor, side: Side) -> Tensor:
+def feature_scalar(value: Tensor, side: Side) -> Tensor:
     """Return a parameter of one number as a scalar of the kind of the features."""
     return value.to(side.rows).reshape(())
 
 
-def parts(num_rows: int, part: int) -> Iterator[slice]:
+def row_slices(num_rows: int, part: int) -> Iterator[slice]:
     """Yield consecutive slices of `part` rows; the last may have fewer."""
     for start in range(0, num_rows, part):
         yield slice(start, min(start + part, num_rows))

@@ -34,10 +34,10 @@ def refuse_foreign_code(name: str, model_config: Mapping[str, Any]) -> None:
     sources = [text.get("hf_model_name"), tokenizer_source(name, text)]
     for source in dict.fromkeys(each for each in sources if each):
         for file, content in files_of_transformers(source):
-            look_at(source, file, content)
+            refuse_named_code(source, file, content)
     timm = model_config["vision_cfg"].get("timm_model_name") or ""
     if timm.startswith((*HUB_OF_TIMM, FOLDER_OF_TIMM)):
-        look_at(timm, "config.json", config_of_timm(timm))
+        refuse_named_code(timm, "config.json", builder_options_of_timm(timm))
 
 
 def tokenizer_source(name: str, text: Mapping[str, Any]) -> str | None:
@@ -67,7 +67,7 @@ def files_of_transformers(source: str) -> Iterator[tuple[str, Any]]:
     yield "tokenizer_config.json", attempt(source, lambda: get_tokenizer_config(source))
 
 
-def config_of_timm(source: str) -> Any:
+def builder_options_of_timm(source: str) -> Any:
     """Return what the configuration of a model of timm in a folder or on the hub tells its builder."""
     from timm.models import load_model_config_from_hf
     from timm.models._hub import load_model_config_from_path
@@ -87,7 +87,7 @@ def attempt(source: str, read: Any) -> Any:
         raise ConfigError(f"model.name: {source} cannot be read: {one_line(error)}") from error
 
 
-def look_at(source: str, file: str, content: Any) -> None:
+def refuse_named_code(source: str, file: str, content: Any) -> None:
     """Raise `ConfigError` for a file that names code, or counts of parts that nothing has."""
     key = code_in(content)
     where = str(Path(source) / file) if Path(source).is_dir() else f"{file} of {source}"

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from accel_clip.console import say
-from accel_clip.faults import ConfigError
+from accel_clip.faults import ConfigError, some_of
 from accel_clip.models.build import ClipModel
 from accel_clip.models.names import matches
 from accel_clip.randomness import seeded
+
+MOST_NAMED = 5  # parameters, in a message
 
 
 class HasTotal(Protocol):
@@ -75,7 +77,7 @@ def freeze_unused(model: ClipModel, loss: HasTotal) -> None:
     for name in unused:
         trainable[name].requires_grad_(False)
     if unused:
-        say(f"the loss '{loss.name}' does not use {listed(unused)}: frozen")
+        say(f"the loss '{loss.name}' does not use {some_of(unused, MOST_NAMED)}: frozen")
 
 
 def blank_pictures(model: ClipModel) -> Tensor:
@@ -83,8 +85,3 @@ def blank_pictures(model: ClipModel) -> Tensor:
     size = model.preprocess_config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     return torch.stack([torch.zeros(3, height, width), torch.ones(3, height, width)])
-
-
-def listed(names: list[str]) -> str:
-    """Return a short list of names."""
-    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])} and {len(names) - 5} more"

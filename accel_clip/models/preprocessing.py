@@ -93,7 +93,7 @@ def with_expected(name: str, pretrained: str | None, options: Mapping[str, Any],
     if expected.quick_gelu is False and quick_gelu:
         merged.setdefault("quick_gelu", False)
     is_quick = merged.get("quick_gelu", quick_gelu or bool(merged.get("force_quick_gelu")))
-    say(f"{shown(merged['force_preprocess_cfg'], is_quick)}: from {origin_of(own, expected)}")
+    say(f"{preparation_in_words(merged['force_preprocess_cfg'], is_quick)}: from {origin_of(own, expected)}")
     return merged
 
 
@@ -102,7 +102,7 @@ def origin_of(own: Mapping[str, Any], expected: ExpectedPreprocessing) -> str:
     return f"model.options.force_preprocess_cfg ({', '.join(own)}) and {expected.origin}" if own else expected.origin
 
 
-def shown(pictures: Mapping[str, Any], quick_gelu: bool) -> str:
+def preparation_in_words(pictures: Mapping[str, Any], quick_gelu: bool) -> str:
     """Return how pictures are prepared, and the activation, in a few words."""
     whole = {**vars(open_clip.transform.PreprocessCfg()), **pictures}
     mean, deviation = (", ".join(f"{float(value):.3g}" for value in whole[key]) for key in ("mean", "std"))

@@ -13,7 +13,7 @@ import argparse
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accel_clip.console import say
-from accel_clip.faults import ConfigError, one_line
+from accel_clip.faults import ConfigError, one_line, some_of
 from accel_clip.models.names import matches
 from accel_clip.models.torch_script import is_torch_script, read_torch_script
 
@@ -100,7 +100,7 @@ def weights_of_model(file: Path, shapes: Shapes) -> dict[str, Tensor]:
     missing = [name for name in shapes if name not in fit.tensors and name not in OPTIONAL]
     foreign = [name for name in fit.tensors if name not in shapes and name not in OPTIONAL]
     if missing or foreign:
-        lacks = f"lacks {listed(missing)}" if missing else f"has {listed(foreign)} besides"
+        lacks = f"lacks {some_tensors(missing)}" if missing else f"has {some_tensors(foreign)} besides"
         raise WrongWeights(
             f"it holds {contents(found)}; {fit.num_fit} of the model's {len(shapes)} are among them, and it {lacks}"
         )
@@ -131,10 +131,10 @@ def weights_of_tower(file: str, key: str, shapes: Shapes) -> dict[str, Tensor]:
     if not suited:
         raise ConfigError(
             f"{what}: none of its tensors fits the tower: it holds {contents(found)}, and the tower has "
-            f"{listed(list(wanted))}"
+            f"{some_tensors(wanted)}"
         )
     missing = [name for name in wanted if name not in suited]
-    lacks = f"; random stay {listed(missing)}" if missing else ""
+    lacks = f"; random stay {some_tensors(missing)}" if missing else ""
     say(f"{what}: {len(suited)} of the tower's {len(wanted)} tensors{lacks}")
     return suited
 
@@ -194,9 +194,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     with torch.serialization.safe_globals(list(HARMLESS)):
         held = torch.load(file, map_location="cpu", weights_only=True)
-    found = dict(flattened(held, ""))
+    found = dict(named_tensors(held, ""))
     if not found:
-        keys = f": its keys are {listed([str(key) for key in held])}" if isinstance(held, Mapping) else ""
+        keys = f": its keys are {some_tensors(held)}" if isinstance(held, Mapping) else ""
         raise WrongWeights(f"it holds no tensors{keys}")
     return found
 
@@ -207,24 +207,23 @@ def is_safetensors(file: Path) -> bool:
         return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
-def flattened(held: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(held: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested dictionaries with their dotted names."""
     for key, value in held.items() if isinstance(held, Mapping) else ():
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from named_tensors(value, f"{prefix}{key}.")
 
 
 def contents(found: Mapping[str, Tensor]) -> str:
     """Return in a few words what a file holds."""
-    return f"{len(found)} tensors ({listed(list(found))})"
+    return f"{len(found)} tensors ({some_tensors(found)})"
 
 
-def listed(names: list[str], most: int = 3) -> str:
-    """Return a few names of a list, and how many there are besides."""
-    short = ", ".join(name if len(name) <= 60 else f"{name[:60]}…" for name in names[:most])
-    return short if len(names) <= most else f"{short} and {len(names) - most} more"
+def some_tensors(names: Iterable[object]) -> str:
+    """Return the names of a few tensors, and how many there are besides."""
+    return some_of(names, most=3, longest=60)
 
 
 def more_than_tensors(what: str) -> ConfigError:

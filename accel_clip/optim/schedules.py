@@ -43,8 +43,8 @@ def cosine_restarts(step: int, num_steps: int, min_ratio: float, *, period: floa
 
     The first takes `period` steps, each other `multiplier` times as many as the one before it.
     """
-    require(is_number(period) and period >= 1, f"{OPTIONS}.period", period, "it must be at least 1 step")
-    grows = is_number(multiplier) and (multiplier == 1 or 1.01 <= multiplier <= 1000)  # one restart after the other
+    require(is_real(period) and period >= 1, f"{OPTIONS}.period", period, "it must be at least 1 step")
+    grows = is_real(multiplier) and (multiplier == 1 or 1.01 <= multiplier <= 1000)  # one restart after the other
     require(grows, f"{OPTIONS}.multiplier", multiplier, "it must be 1, or at least 1.01, at most 1,000")
     position, length = (step, period) if multiplier > 1 else (step % period, period)
     while position >= length:
@@ -115,7 +115,7 @@ def num_warmup_steps(warmup: float, num_steps: int) -> int:
 
 def whole_steps(setting: str, amount: float, num_steps: int) -> int:
     """Return `amount` in steps: a fraction of `num_steps`, rounded down, when below 1, else steps."""
-    whole = is_number(amount) and amount >= 0 and (amount < 1 or amount == int(amount))
+    whole = is_real(amount) and amount >= 0 and (amount < 1 or amount == int(amount))
     require(whole, setting, amount, "it must be a fraction below 1 or a whole number of steps")
     # 0.29 * 100 is 28.999999999999996: rounding to 9 digits first gives the 29 that was meant.
     return math.floor(round(amount * num_steps, 9)) if amount < 1 else int(amount)
@@ -126,6 +126,6 @@ def between(min_ratio: float, share: float) -> float:
     return min_ratio + (1 - min_ratio) * share
 
 
-def is_number(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     """Return whether an option is a finite number."""
     return typed.is_number(value) and math.isfinite(value)

@@ -35,7 +35,7 @@ from accel_clip.models.size import require_room
 from accel_clip.models.skeleton import bare_model, skeleton
 from accel_clip.models.tower_files import IN_FOLDER, placed
 from accel_clip.models.towers import evaluation_mode
-from accel_clip.models.weights import listed
+from accel_clip.models.weights import some_tensors
 from accel_clip.randomness import seeded
 
 CAPTIONS = ("a photo of two birds", "Ein Frosch, 一只青蛙!")  # to cut into tokens; the first goes through the towers
@@ -122,10 +122,10 @@ def require_equal_names(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     """Raise ValueError unless two models have tensors of the same names and shapes."""
     names = [name for name in {**ours, **theirs} if name not in ours or name not in theirs]
     if names:
-        raise ValueError(f"it would have other tensors: {listed(names)}")
+        raise ValueError(f"it would have other tensors: {some_tensors(names)}")
     shapes = [name for name, tensor in ours.items() if tensor.shape != theirs[name].shape]
     if shapes:
-        raise ValueError(f"it would have other shapes of {listed(shapes)}")
+        raise ValueError(f"it would have other shapes of {some_tensors(shapes)}")
 
 
 def require_equal_outputs(model: ClipModel, again: Any, tokens: Tensor) -> None:

@@ -16,7 +16,7 @@ from accel_clip.command_line import hints_with_ranges, known_keys, load_config, 
 from accel_clip.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig
 from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.faults import ConfigError
-from accel_clip.typed import Range, WrongValue, fit, range_of, shown
+from accel_clip.typed import Range, WrongValue, fit, range_of, shown_value
 
 WRONG: list[Any] = [math.inf, -math.inf, math.nan, 10**400, -(10**5000), -1, 0, 2**63, 1e308, True, "1"]
 RANGES = {key: found for key, hint in hints_with_ranges().items() if (found := range_of(hint)) is not None}
@@ -53,7 +53,7 @@ def test_every_number_is_in_its_range_or_told_with_it(key: str) -> None:
             assert said.startswith(key) and "\n" not in said and len(said) < 300, said
             assert RANGES[key].words in said, said
         else:
-            assert holds(key, value), (key, shown(value), config)
+            assert holds(key, value), (key, shown_value(value), config)
 
 
 def test_every_numeric_setting_has_a_range() -> None:
@@ -169,7 +169,7 @@ def test_values_are_shown_shortly_whatever_they_are() -> None:
     endless: list[Any] = []
     endless.append(endless)
     for value in (10**10_000, "x" * 10**6, endless, {"a": endless}, list(range(10**6)), b"\0" * 10**6):
-        assert len(shown(value)) < 400
+        assert len(shown_value(value)) < 400
 
 
 def test_what_fits_stays_as_it_is() -> None:

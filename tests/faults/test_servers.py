@@ -23,7 +23,7 @@ from web import rudely_served
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources import connections
-from accel_clip.data.sources.answers import LeadsNowhere, address_in, seconds_of, start_of_part, version_of
+from accel_clip.data.sources.answers import LeadsNowhere, address_in, seconds_of, start_of_range, version_of
 from accel_clip.data.sources.base import SourceOptions, Stream
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.remote_file import RemoteFile
@@ -444,7 +444,7 @@ def test_words_of_servers_are_read_or_not(location: str, words: str) -> None:
             assert all(0 < len(label) < 64 for label in found.raw_host.rstrip(b".").split(b"."))
     assert 0 <= seconds_of(words) < 1e19
     headers: dict[str, Any] = {"Content-Range": f"bytes {words}", "ETag": words, "Content-Length": words}
-    start_of_part(httpx2.Headers({name: value.encode() for name, value in headers.items()}))
+    start_of_range(httpx2.Headers({name: value.encode() for name, value in headers.items()}))
     version_of(httpx2.Headers({name: value.encode() for name, value in headers.items()}))
 
 

@@ -15,8 +15,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accel_clip.data.bad_samples import UnusableSample, may_be_the_root
-from accel_clip.data.captions import choose_caption, hash_of, is_cut
-from accel_clip.data.examples import numbers_in
+from accel_clip.data.captions import choose_caption, identity_hash, is_caption_cut
+from accel_clip.data.examples import columns_of_pair
 from accel_clip.data.feed import Feed
 from accel_clip.data.pictures.augmentation import training_scale
 from accel_clip.data.pictures.decode import decode_small
@@ -106,10 +106,10 @@ class PairSampler:
             picture_size,
             decoded_size,
             tokens,
-            is_cut(caption, tokens, self.tokenizer),
-            hash_of("picture", self.source.key(index)),
-            hash_of("caption", caption),
-            numbers_in(pair),
+            is_caption_cut(caption, tokens, self.tokenizer),
+            identity_hash("picture", self.source.key(index)),
+            identity_hash("caption", caption),
+            columns_of_pair(pair),
             PurePosixPath(caption).suffix.lower() in PICTURE_SUFFIXES,
         )
 

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from accel_clip.command_line import (
     build_parser,
     config_from,
-    flatten,
+    dotted_settings,
     known_keys,
-    one_line,
+    message_of_parser,
     parse_config,
     read_yaml,
     take_config_files,
@@ -73,7 +73,7 @@ def entries_of(file: Path, problems: Problems) -> Iterator[dict[str, Any]]:
     for name, value in (problems.attempt(partial(read_yaml, file)) or {}).items():
         parts = [{name: {key: inner}} for key, inner in value.items()] if isinstance(value, dict) else [{name: value}]
         for part in parts:
-            for key, inner in problems.attempt(partial(flatten, part, file)) or []:
+            for key, inner in problems.attempt(partial(dotted_settings, part, file)) or []:
                 is_bare = takes_a_list(known_keys().get(key)) and inner is not None and not isinstance(inner, list)
                 yield in_list(key, inner) if is_bare else part
 
@@ -89,7 +89,7 @@ def applied(parse: Callable[..., Namespace], base: str, settings: Namespace, pro
     try:
         return parse(**{base: settings.clone()})
     except (ArgumentError, RecursionError) as error:
-        problems.add(ConfigError(one_line(str(error))))
+        problems.add(ConfigError(message_of_parser(str(error))))
         return settings
 
 

@@ -18,11 +18,11 @@ from accel_clip.commands.check.parts import Parts
 from accel_clip.commands.check.sample import Beginning
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.captions import choose_caption, is_cut
+from accel_clip.data.captions import choose_caption, is_caption_cut
 from accel_clip.data.examples import Preparation, preparation_for
 from accel_clip.data.feed import Feed
 from accel_clip.data.sources.base import Source
-from accel_clip.data.sources.combine import Concatenated, part_names
+from accel_clip.data.sources.combine import Concatenated, source_names
 from accel_clip.faults import StorageError
 from accel_clip.files.kinds import CONTACT_SHEET
 from accel_clip.files.marked import Draft
@@ -61,7 +61,7 @@ def pieces(feed: Feed) -> Iterator[Piece]:
         source = feed.fetched.source
         starts = [0, *source.ends[:-1]] if isinstance(source, Concatenated) else [0]
         ends = source.ends if isinstance(source, Concatenated) else [len(source)]
-        for name, start, end in zip(part_names(source), starts, ends, strict=True):
+        for name, start, end in zip(source_names(source), starts, ends, strict=True):
             yield Piece(name, source, range(start, min(end, start + MOST_PAIRS)))
     for part in feed.streams:
         beginning = Beginning(part.stream, MOST_PAIRS)
@@ -97,7 +97,7 @@ def length_read(caption: str, tokenizer: Callable[..., Tensor]) -> int:
     while low < high:
         middle = (low + high + 1) // 2
         part = caption[:middle]
-        low, high = (low, middle - 1) if is_cut(part, tokenizer([part])[0], tokenizer) else (middle, high)
+        low, high = (low, middle - 1) if is_caption_cut(part, tokenizer([part])[0], tokenizer) else (middle, high)
     return low
 
 

@@ -29,8 +29,8 @@ from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.caches.features import FeatureCache, FeatureWriter
 from accel_clip.data.caches.folder import Fingerprint
-from accel_clip.data.caches.items import DifferentPictures, Items, Plan, load, plan_cache, say_unusable
-from accel_clip.data.captions import hash_of
+from accel_clip.data.caches.items import CachePlan, DifferentPictures, Items, load_chunks, plan_cache, say_unusable
+from accel_clip.data.captions import identity_hash
 from accel_clip.data.pictures.augmentation import evaluation_pixels
 from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
@@ -125,7 +125,7 @@ def hashed_captions(source: Source, beat: Callable[[str], object]) -> Iterator[t
         beat("reading captions")
         with suppress(UnusableSample):  # the loader will meet it again, and says so then
             for number, caption in enumerate(source[sample].captions):
-                yield hash_of("caption", caption), sample, number
+                yield identity_hash("caption", caption), sample, number
 
 
 def decoded(pixels: Callable[[Image], Tensor], max_pixels: float, image: Image | bytes | Path) -> Tensor:
@@ -170,7 +170,7 @@ def open_features(
 def encode_all(
     tower: FrozenTower,
     items: Items,
-    plan: Plan,
+    plan: CachePlan,
     folder: Path,
     fingerprint: Fingerprint,
     num_workers: int,
@@ -183,7 +183,7 @@ def encode_all(
     own_problems: list[tuple[int, UnusableSample]] = []
     chunks = own_chunks(accelerator, plan.todo, num_rows)
     tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
-    loaded = load(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
+    loaded = load_chunks(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
     for number, items_of_chunk in enumerate(chunks):
         with suppress(StopAsked):  # the others learn of it where they meet
             chunk = next(loaded)
@@ -197,15 +197,15 @@ def encode_all(
             writer.append(gathered[: len(plan.todo) - number * len(gathered)])
     problems = dict(gather_object(own_problems))
     if writer is not None:
-        complete(writer, items, plan, fingerprint, problems)
+        write_features(writer, items, plan, fingerprint, problems)
     say_unusable(len(problems), len(items))
     accelerator.wait_for_everyone()
 
 
-def complete(
+def write_features(
     writer: FeatureWriter,
     items: Items,
-    plan: Plan,
+    plan: CachePlan,
     fingerprint: Fingerprint,
     problems: dict[int, UnusableSample],
 ) -> None:

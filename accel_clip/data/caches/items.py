@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from accel_clip.console import is_first_process, say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.caches.folder import CacheFolder, Fingerprint
-from accel_clip.data.captions import hash_of
+from accel_clip.data.captions import identity_hash
 from accel_clip.data.sources.base import Pair, Source
 from accel_clip.data.sources.stamps import stamps_of
 from accel_clip.data.workers import Workers, usable_or_raise
@@ -68,7 +68,7 @@ class DifferentPictures(Items):
 
     def __init__(self, source: Source, decode: Callable[[Image | bytes | Path], Tensor]) -> None:
         self.source, self.decode = source, decode
-        hashes = (hash_of("picture", source.key(sample)) for sample in range(len(source)))
+        hashes = (identity_hash("picture", source.key(sample)) for sample in range(len(source)))
         self.key_of_sample = numpy.fromiter(hashes, numpy.int64, len(source))
         self.keys, self.first_sample = numpy.unique(self.key_of_sample, return_index=True)
 
@@ -104,20 +104,20 @@ class LoadedChunk:
     """what is wrong with the others, by their place"""
 
 
-def load(items: Items, chunks: Sequence[Sequence[int]], workers: Workers, join: Join) -> Iterator[LoadedChunk]:
+def load_chunks(items: Items, chunks: Sequence[Sequence[int]], workers: Workers, join: Join) -> Iterator[LoadedChunk]:
     """Yield chunks of items behind a progress bar on the first process.
 
     Raises what a worker could not get over, and `StopAsked`.
     """
     lists = [list(chunk) for chunk in chunks]
-    loaded = workers.load(items, partial(collate, join), lists)
+    loaded = workers.load(items, partial(collate_items, join), lists)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
     hidden = not is_first_process()
     for chunk in tqdm(loaded, total=len(lists), unit="chunk", leave=False, disable=hidden, mininterval=interval):
         yield usable_or_raise(chunk)
 
 
-def collate(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
+def collate_items(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
     """Return items as one chunk, or the first error that ends the run."""
     for each in loaded:
         if isinstance(each, DataError):
@@ -128,7 +128,7 @@ def collate(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Which items are computed, and which are kept from the cache there is."""
 
     todo: numpy.ndarray
@@ -139,7 +139,7 @@ class Plan:
     """from what rows of the cache, int64 [k]"""
 
     @classmethod
-    def of_all(cls, items: Items) -> Plan:
+    def of_all(cls, items: Items) -> CachePlan:
         """Return the plan to compute all items."""
         none = numpy.zeros(0, numpy.int64)
         return cls(numpy.arange(len(items)), none, none)
@@ -160,7 +160,7 @@ class Plan:
 
 def plan_cache(
     accelerator: Accelerator, kind: type[CacheFolder], folder: Path, fingerprint: Fingerprint, items: Items, what: str
-) -> Plan:
+) -> CachePlan:
     """Return what must be computed, and say why: the first process looks for all; collective."""
     plan: Any = None
     if accelerator.is_main_process:
@@ -169,16 +169,16 @@ def plan_cache(
     return plan
 
 
-def plan_by(old: CacheFolder | None, fingerprint: Fingerprint, items: Items, what: str) -> Plan:
+def plan_by(old: CacheFolder | None, fingerprint: Fingerprint, items: Items, what: str) -> CachePlan:
     """Return what must be computed beside the cache there is, and say it."""
     stamps = items.stamps  # before anything is computed: what changes meanwhile is noticed at the next start
     changed = [] if old is None else old.what_changed(fingerprint)
     if changed:
         say(f"{what} were computed with other {', '.join(changed)}: they are replaced")
     if old is None or changed:
-        return Plan.of_all(items)
+        return CachePlan.of_all(items)
     rows = old.rows(items.keys, stamps)
-    plan = Plan(numpy.flatnonzero(rows < 0), numpy.flatnonzero(rows >= 0), rows[rows >= 0])
+    plan = CachePlan(numpy.flatnonzero(rows < 0), numpy.flatnonzero(rows >= 0), rows[rows >= 0])
     say(f"{what} are used again{but_for(items.keys[plan.todo], old, len(items))}")
     return plan
 

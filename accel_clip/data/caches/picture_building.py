@@ -28,10 +28,10 @@ from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.caches.folder import Fingerprint
 from accel_clip.data.caches.items import (
+    CachePlan,
     DifferentPictures,
     LoadedChunk,
-    Plan,
-    load,
+    load_chunks,
     plan_cache,
     say_unusable,
 )
@@ -111,7 +111,12 @@ def wait_for(accelerator: Accelerator, building: Building, lookout: Lookout) -> 
 
 
 def build(
-    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, workers: Workers
+    pictures: DifferentPictures,
+    plan: CachePlan,
+    folder: Path,
+    fingerprint: Fingerprint,
+    room_gib: float,
+    workers: Workers,
 ) -> Building:
     """Decode what is planned and write all, if there is room: yield None after every piece, and at last whether it is.
 
@@ -120,7 +125,7 @@ def build(
     old = PictureCache(folder) if len(plan.kept) else None
     if old is None:
         remove_old(folder)
-    expected = yield from expected_bytes(pictures, plan.todo)
+    expected = yield from expected_picture_bytes(pictures, plan.todo)
     expected += 0 if old is None else old.bytes_of(plan.rows)
     if expected > room_gib * GIB:
         remove_old(folder)
@@ -140,13 +145,18 @@ def remove_old(folder: Path) -> None:
 
 
 def write_all(
-    pictures: DifferentPictures, plan: Plan, folder: Path, fingerprint: Fingerprint, room_gib: float, workers: Workers
+    pictures: DifferentPictures,
+    plan: CachePlan,
+    folder: Path,
+    fingerprint: Fingerprint,
+    room_gib: float,
+    workers: Workers,
 ) -> Building:
     """Write all pictures until they take too much room; yields what `build` does."""
     old = PictureCache(folder) if len(plan.kept) else None
     problems: dict[int, UnusableSample] = {}
     with PictureWriter(folder) as writer:
-        for values, shapes in pieces(pictures, plan, old, problems, workers):
+        for values, shapes in joined_chunks(pictures, plan, old, problems, workers):
             writer.append(values, shapes)
             if writer.num_bytes > room_gib * GIB:
                 break
@@ -165,9 +175,9 @@ def write_all(
     yield True
 
 
-def pieces(
+def joined_chunks(
     pictures: DifferentPictures,
-    plan: Plan,
+    plan: CachePlan,
     old: PictureCache | None,
     problems: dict[int, UnusableSample],
     workers: Workers,
@@ -177,13 +187,13 @@ def pieces(
     problems: takes in what cannot be used, by key.
     """
     chunks = plan.chunks(PICTURES_AT_ONCE)
-    for chunk, loaded in zip(chunks, load(pictures, chunks, workers, flattened), strict=True):
+    for chunk, loaded in zip(chunks, load_chunks(pictures, chunks, workers, joined_pixels), strict=True):
         problems.update({int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()})
         yield in_places(loaded, len(chunk))
     if old is None or plan.is_needless(old.unusable, problems):
         return
     for start in range(0, len(plan.rows), COPIED_AT_ONCE):
-        yield flattened([old.picture(row) for row in plan.rows[start : start + COPIED_AT_ONCE]])
+        yield joined_pixels([old.picture(row) for row in plan.rows[start : start + COPIED_AT_ONCE]])
 
 
 def in_places(loaded: LoadedChunk, num_pictures: int) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -193,12 +203,12 @@ def in_places(loaded: LoadedChunk, num_pictures: int) -> tuple[Tensor, list[tupl
     return values, [by_row.get(row, (0, 0, 0)) for row in range(num_pictures)]
 
 
-def flattened(pictures: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
+def joined_pixels(pictures: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Return the values of pictures one after the other, which take one piece of shared memory, and their shapes."""
     return torch.cat([each.reshape(-1) for each in pictures]), [tuple(each.shape) for each in pictures]
 
 
-def expected_bytes(pictures: DifferentPictures, items: numpy.ndarray) -> Generator[None, None, int]:
+def expected_picture_bytes(pictures: DifferentPictures, items: numpy.ndarray) -> Generator[None, None, int]:
     """Return about how many bytes some pictures, int64 [m] of one or more, take: from a sample spread over them.
 
     Yields after each picture of it.

@@ -40,8 +40,8 @@ def random_box(generator: Random, width: int, height: int) -> Box:
     """
     narrowest, widest = TRAINING_CROP_RATIO
     for _ in range(10):
-        area = width * height * between(*TRAINING_CROP_SCALE, generator.random())
-        ratio = math.exp(between(math.log(narrowest), math.log(widest), generator.random()))
+        area = width * height * between_numbers(*TRAINING_CROP_SCALE, generator.random())
+        ratio = math.exp(between_numbers(math.log(narrowest), math.log(widest), generator.random()))
         part_width, part_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < part_width <= width and 0 < part_height <= height:
             left = int(generator.random() * (width - part_width + 1))
@@ -81,7 +81,7 @@ def training_scale(size: tuple[int, int], width: int, height: int, spare: float)
     return 1
 
 
-def between(low: float, high: float, share: float) -> float:
+def between_numbers(low: float, high: float, share: float) -> float:
     """Return the number that lies a share of the way from one to another."""
     return low + share * (high - low)
 
@@ -91,7 +91,7 @@ def pixels_of(picture: Image) -> Tensor:
     return torch.from_numpy(numpy.array(picture))
 
 
-def cut(pixels: Tensor, box: Box) -> Tensor:
+def cropped(pixels: Tensor, box: Box) -> Tensor:
     """Return a part of a picture's pixels, [h, w, 3]."""
     left, upper, right, lower = box
     return pixels[upper:lower, left:right].contiguous()

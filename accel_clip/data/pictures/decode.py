@@ -132,7 +132,7 @@ def readable(image: Image.Image | bytes | Path, max_pixels: float) -> Iterator[I
     path = str(image) if isinstance(image, Path) else getattr(image, "filename", None) or None
     try:
         with pillow_limit(max_pixels), opened(image) as picture:
-            require_size(picture, max_pixels, path)
+            require_pixel_count(picture, max_pixels, path)
             yield picture
     except UnusableSample:
         raise
@@ -177,7 +177,7 @@ def readable_formats() -> list[str]:
     return [name for name in Image.ID if name not in PROGRAM_FORMATS]
 
 
-def require_size(picture: Image.Image, max_pixels: float, path: str | None) -> None:
+def require_pixel_count(picture: Image.Image, max_pixels: float, path: str | None) -> None:
     """Raise `UnusableSample` unless the picture has pixels, and not too many."""
     if picture.width * picture.height > max_pixels:
         raise too_large(f"{picture.width} x {picture.height} pixels", max_pixels, path)

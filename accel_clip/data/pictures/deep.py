@@ -31,7 +31,7 @@ SECOND_BYTES = {
 def load_8_bit(picture: Image.Image) -> Image.Image:
     """Load a picture, and return it or, where its values have more than 8 bits, another one with these in 8."""
     raw = raw_mode(picture)
-    content = content_of(picture) if ";16" in raw else b""
+    content = unread_content(picture) if ";16" in raw else b""
     bits = significant_bits(content)
     second = with_second_bytes(picture, content, raw)
     picture.load()
@@ -120,7 +120,7 @@ def raw_mode(picture: Image.Image) -> str:
     return found if isinstance(found, str) else ""
 
 
-def content_of(picture: Image.Image) -> bytes:
+def unread_content(picture: Image.Image) -> bytes:
     """Return all bytes of a file that is not loaded yet."""
     assert isinstance(picture, ImageFile.ImageFile) and picture.fp is not None
     place = picture.fp.tell()

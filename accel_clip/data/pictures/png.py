@@ -16,7 +16,7 @@ PLACE_OF_KIND = 25  # of colour, in the file: behind size and depth
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PngChunk:
     """A part of a file."""
 
     name: bytes
@@ -27,18 +27,18 @@ class Chunk:
     """where it ends, behind its checksum"""
 
 
-def chunks_of(content: bytes) -> Iterator[Chunk]:
+def png_chunks(content: bytes) -> Iterator[PngChunk]:
     """Yield the chunks of a PNG, the last of which may be cut; none for other content."""
     start = len(SIGNATURE) if content.startswith(SIGNATURE) else len(content)
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
-        yield Chunk(content[start + 4 : start + 8], start, end)
+        yield PngChunk(content[start + 4 : start + 8], start, end)
         start = end
 
 
 def significant_bits(content: bytes) -> int | None:
     """Return how many bits of grey or colour a PNG says are significant, None for one that does not, or no PNG."""
-    for chunk in chunks_of(content):
+    for chunk in png_chunks(content):
         if chunk.name == b"IDAT":
             break
         if chunk.name == b"sBIT":
@@ -52,23 +52,23 @@ def without_metadata(image: bytes | Path) -> bytes | None:
 
     Pillow refuses a picture for texts or a profile above its limits, and for a wrong checksum of one.
     """
-    content = image if isinstance(image, bytes) else content_of(image)
+    content = image if isinstance(image, bytes) else png_content(image)
     kept = [
         chunk
-        for chunk in chunks_of(content)
-        if chunk.name in NEEDED or (chunk.name in OF_USE and is_whole(content, chunk))
+        for chunk in png_chunks(content)
+        if chunk.name in NEEDED or (chunk.name in OF_USE and has_its_checksum(content, chunk))
     ]
     lean = SIGNATURE + b"".join(content[chunk.start : chunk.end] for chunk in kept)
     return lean if kept and len(lean) < len(content) else None
 
 
-def content_of(file: Path) -> bytes:
+def png_content(file: Path) -> bytes:
     """Return the bytes of a file, none of one that is no PNG or too large to be held."""
     with file.open("rb") as opened:
         is_small_png = opened.read(len(SIGNATURE)) == SIGNATURE and file.stat().st_size <= LARGEST_BYTES
         return SIGNATURE + opened.read() if is_small_png else b""
 
 
-def is_whole(content: bytes, chunk: Chunk) -> bool:
+def has_its_checksum(content: bytes, chunk: PngChunk) -> bool:
     """Return whether a chunk has the checksum that is written behind it."""
     return zlib.crc32(content[chunk.start + 4 : chunk.end - 4]).to_bytes(4, "big") == content[chunk.end - 4 : chunk.end]

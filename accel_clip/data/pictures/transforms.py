@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from accel_clip.faults import ConfigError, nearest, one_line
 from accel_clip.randomness import seeded_everywhere
 
-Pixels: TypeAlias = Callable[[Tensor], Tensor]
+Augmentation: TypeAlias = Callable[[Tensor], Tensor]
 """From uint8 [3, H, W] to uint8 [3, H, W]."""
 
 CONTAINERS = ("Compose", "RandomApply", "RandomChoice", "RandomOrder")
@@ -37,14 +37,14 @@ RULE = "it must keep 8-bit pixels [3, H, W] of the model's size; mean and std ar
 class Transforms:
     """Augmentations one after the other; all their randomness comes from one seed."""
 
-    def __init__(self, steps: Mapping[str, Pixels]) -> None:
+    def __init__(self, steps: Mapping[str, Augmentation]) -> None:
         self.steps = dict(steps)
 
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
         """Return pixels uint8 [3, H, W] augmented; raises `ConfigError` for a step that changes size or type."""
         with seeded_everywhere(seed):
             for name, step in self.steps.items():
-                pixels = applied(name, step, pixels)
+                pixels = augmented(name, step, pixels)
         return pixels
 
 
@@ -76,7 +76,7 @@ def try_out(transforms: Transforms, size: int | Sequence[int]) -> None:
                 raise ConfigError(f"{name}: it changes a picture in place: leave the option 'inplace' out")
 
 
-def applied(name: str, step: Pixels, pixels: Tensor) -> Tensor:
+def augmented(name: str, step: Augmentation, pixels: Tensor) -> Tensor:
     """Return what a step makes of pixels; raises `ConfigError` where that is nothing that a batch can hold."""
     try:
         result: Any = step(pixels)
@@ -85,11 +85,11 @@ def applied(name: str, step: Pixels, pixels: Tensor) -> Tensor:
             f"{name}: it cannot be applied to a picture: {one_line(error, LONGEST_REASON)}; {RULE}"
         ) from error
     if type(result) is not Tensor or (result.dtype, result.shape) != (pixels.dtype, pixels.shape):
-        raise ConfigError(f"{name}: it makes {described(result)} of {described(pixels)}: {RULE}")
+        raise ConfigError(f"{name}: it makes {pixels_in_words(result)} of {pixels_in_words(pixels)}: {RULE}")
     return result
 
 
-def built(item: str | Mapping[str, Any], hints: Mapping[str, Any]) -> Pixels:
+def built(item: str | Mapping[str, Any], hints: Mapping[str, Any]) -> Augmentation:
     """Return the augmentation that an item names."""
     name, options = name_of(item), options_of(item)
     if name.partition("-")[0] in POLICIES:
@@ -115,7 +115,7 @@ def options_of(item: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(options or {})
 
 
-def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> Pixels:
+def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> Augmentation:
     """Return a transform of torchvision by the name of its class, with its options; raises `ConfigError`."""
     known = torchvision_names()
     if name not in known:
@@ -133,7 +133,7 @@ def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[
         inner = given["transforms"]
         given["transforms"] = [built(item, hints) for item in (inner if isinstance(inner, list) else [inner])]
     try:
-        transform: Pixels = made(**given)
+        transform: Augmentation = made(**given)
     except (TypeError, ValueError, LookupError) as error:
         raise ConfigError(f"data.transforms: {name}: {one_line(error, LONGEST_REASON)}") from error
     return transform
@@ -221,7 +221,7 @@ def policy_hints(size: int, mean: Sequence[float]) -> dict[str, Any]:
     return {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(255 * each)) for each in mean)}
 
 
-def described(value: Any) -> str:
+def pixels_in_words(value: Any) -> str:
     """Return type and size of what a transform took or gave."""
     if type(value) is not Tensor:
         return type(value).__name__

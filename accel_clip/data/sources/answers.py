@@ -50,10 +50,10 @@ def version_of(headers: httpx2.Headers) -> Version:
     """Return the state of the file that an answer is of."""
     match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     size = match[2] if match else headers.get("Content-Length", "")
-    return Version(plain(headers.get("ETag")), plain(headers.get("Last-Modified")), number_in(size))
+    return Version(printable_words(headers.get("ETag")), printable_words(headers.get("Last-Modified")), number_in(size))
 
 
-def start_of_part(headers: httpx2.Headers) -> int | None:
+def start_of_range(headers: httpx2.Headers) -> int | None:
     """Return the place in the file at which the part begins that an answer brings, None where it does not say."""
     match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     return int(match[1]) if match else None
@@ -64,7 +64,7 @@ def number_in(text: str) -> int | None:
     return int(text) if NUMBER.fullmatch(text) else None
 
 
-def plain(text: str | None) -> str | None:
+def printable_words(text: str | None) -> str | None:
     """Return words that may be sent back to a server, None for others: they are printable, and not many."""
     return text if text is not None and PLAIN.fullmatch(text) else None
 
@@ -74,7 +74,7 @@ def seconds_of(retry_after: str) -> float:
     number = number_in(retry_after.strip())
     if number is not None:
         return float(number)
-    if plain(retry_after):
+    if printable_words(retry_after):
         with suppress(ValueError, TypeError, OverflowError, IndexError):
             date = parsedate_to_datetime(retry_after)
             return max((date - datetime.now(timezone.utc)).total_seconds(), 0.0)
@@ -86,15 +86,15 @@ def address_in(written: str, before: httpx2.URL | None = None) -> httpx2.URL:
     try:
         address = httpx2.URL(written) if before is None else before.join(written)
     except (httpx2.InvalidURL, ValueError) as error:
-        raise LeadsNowhere(f"{shortened(written)} is no address ({one_line(error)})") from error
+        raise LeadsNowhere(f"{quoted_words(written)} is no address ({one_line(error)})") from error
     if address.scheme not in ("http", "https"):
-        raise LeadsNowhere(f"{shortened(written)} is neither http nor https")
+        raise LeadsNowhere(f"{quoted_words(written)} is neither http nor https")
     problem = problem_of_host(address.host, address.port)
     if problem:
-        raise LeadsNowhere(f"{shortened(written)} {problem}")
+        raise LeadsNowhere(f"{quoted_words(written)} {problem}")
     return address
 
 
-def shortened(words: str) -> str:
+def quoted_words(words: str) -> str:
     """Return what a server has written for a message, of which it fills no screen."""
     return repr(words if len(words) <= LONGEST_WORDS else words[:LONGEST_WORDS] + "…")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from accel_clip.faults import some_of
+
 LETTERS = re.compile(r"[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 """two letters in a row, or one sign of a script that writes words with it"""
 CODE = re.compile(
     r"[a-z]{1,3}[-_ ]?\d{2,}|(?=.*\d)[0-9a-f]{6,}|(class|cls|id|label|category|cluster|folder)?[-_ ]?\d+", re.IGNORECASE
 )
 """such as n01440764, 00f3a9, class_7"""
-MOST_SHOWN = 3
 
 
 def class_name(written: str) -> str:
@@ -32,6 +33,6 @@ def are_codes(names: Collection[str]) -> bool:
     return bool(names) and 2 * sum(not is_word(name) for name in names) >= len(names)
 
 
-def some_of(names: Collection[str]) -> str:
-    """Return a few names for a message."""
-    return ", ".join(sorted(names)[:MOST_SHOWN]) + (", …" if len(names) > MOST_SHOWN else "")
+def some_names(names: Collection[str]) -> str:
+    """Return a few names for a message, in the order of the alphabet."""
+    return some_of(sorted(names), most=3)

@@ -96,7 +96,7 @@ def bases(source: Source) -> list[Source]:
     return [source]
 
 
-def part_names(source: Source) -> list[str]:
+def source_names(source: Source) -> list[str]:
     """Return the names of the sources that were put together, made different where two are the same."""
     return told_apart(part.name for part in (source.sources if isinstance(source, Concatenated) else [source]))
 
@@ -112,13 +112,13 @@ def told_apart(names: Iterable[str]) -> list[str]:
     return found
 
 
-def count_by_part(source: Source, samples: numpy.ndarray) -> dict[str, int]:
+def count_by_source(source: Source, samples: numpy.ndarray) -> dict[str, int]:
     """Return how many of some samples, int64 [n], each source that was put together holds, by name."""
     if not isinstance(source, Concatenated):
         return {source.name: len(samples)}
     numbers = numpy.searchsorted(source.ends, samples, side="right")
     counts = numpy.bincount(numbers, minlength=len(source.ends))
-    return dict(zip(part_names(source), counts.tolist(), strict=True))
+    return dict(zip(source_names(source), counts.tolist(), strict=True))
 
 
 def split_held_out(source: Source, fraction: float) -> tuple[Source, Source | None]:

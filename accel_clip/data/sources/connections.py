@@ -257,10 +257,12 @@ def request(address: httpx2.URL, headers: Mapping[str, str], pace: Pace) -> dict
 def answer_of(response: httpcore2.Response, pace: Pace) -> Answer:
     """Return an answer, the bytes of which are counted as they come."""
     reason = response.extensions.get("reason_phrase", b"").decode("ascii", "replace")
-    return Answer(response.status, reason, httpx2.Headers(response.headers), counted(response.iter_stream(), pace))
+    return Answer(
+        response.status, reason, httpx2.Headers(response.headers), counted_bytes(response.iter_stream(), pace)
+    )
 
 
-def counted(chunks: Iterable[bytes], pace: Pace) -> Iterator[bytes]:
+def counted_bytes(chunks: Iterable[bytes], pace: Pace) -> Iterator[bytes]:
     """Yield the bytes of a file, and count them."""
     for chunk in chunks:
         pace.take(len(chunk))

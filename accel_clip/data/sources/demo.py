@@ -243,7 +243,7 @@ def open_demo(argument: str, options: SourceConfig) -> Source:
 
 def one_object_scenes() -> tuple[list[Scene], list[Scene]]:
     """Return the scenes of training, and those held out."""
-    combinations = shuffled(itertools.product(SIZES, COLOURS, SHAPES, PLACES, BACKGROUNDS))
+    combinations = shuffled_combinations(itertools.product(SIZES, COLOURS, SHAPES, PLACES, BACKGROUNDS))
     scenes: list[Scene] = [OneObject(*words) for words in combinations]
     return scenes[NUM_HELD_OUT:], scenes[:NUM_HELD_OUT]
 
@@ -253,7 +253,7 @@ def two_object_scenes() -> tuple[list[Scene], list[Scene]]:
 
     Arrangements of the same two objects share a background: only which is where tells them apart.
     """
-    couples = shuffled(itertools.combinations(itertools.product(COLOURS, SHAPES), 2))
+    couples = shuffled_combinations(itertools.combinations(itertools.product(COLOURS, SHAPES), 2))
     num_held_out = NUM_HELD_OUT // len(arrangements(couples[0], "grey"))
     held_out = zip(couples[:num_held_out], itertools.cycle(BACKGROUNDS))
     training = itertools.product(couples[num_held_out:], BACKGROUNDS)
@@ -268,6 +268,6 @@ def arrangements(couple: tuple[tuple[str, str], ...], background: str) -> list[S
     return [TwoObjects(first, relation, second, background) for (first, second), relation in orders]
 
 
-def shuffled(combinations: Iterable[T]) -> list[T]:
+def shuffled_combinations(combinations: Iterable[T]) -> list[T]:
     """Return combinations in an order that is the same everywhere: by a hash of their words."""
     return sorted(combinations, key=lambda words: hashlib.sha256(repr(words).encode()).digest())

@@ -101,7 +101,7 @@ def load_hub(chosen: Chosen, path: str) -> Dataset:
     try:
         return load_meant(chosen, path, lambda config, split: load_dataset(path, config, split=split))
     except broken_table_errors() as error:  # RuntimeError: a script instead of data
-        raise DataError(f"{chosen} cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{chosen} cannot be loaded: {first_error_line(error)}") from error
 
 
 def load_meant(chosen: Chosen, path: str, load: Callable[[str | None, str], T]) -> T:
@@ -123,7 +123,7 @@ def load_meant(chosen: Chosen, path: str, load: Callable[[str | None, str], T]) 
             f"{example}, and a split behind it where it is not {DEFAULT_SPLIT}, as {example}:test"
         ) from problems[0]
     problem = problems[-1] if asked in names else problems[0]
-    raise DataError(f"{chosen} cannot be loaded: {first_line(problem)}") from problem
+    raise DataError(f"{chosen} cannot be loaded: {first_error_line(problem)}") from problem
 
 
 def configurations(path: str) -> list[str]:
@@ -148,7 +148,7 @@ def load_saved(folder: Path) -> Dataset:
     try:
         dataset = load_from_disk(str(folder))
     except broken_table_errors() as error:  # LookupError: it has no rows
-        raise DataError(f"{folder}: the saved dataset cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{folder}: the saved dataset cannot be loaded: {first_error_line(error)}") from error
     if not isinstance(dataset, DatasetDict):
         return dataset
     if DEFAULT_SPLIT not in dataset:
@@ -173,6 +173,6 @@ def cache_folder() -> Path:
     return Path(HF_HOME)
 
 
-def first_line(error: Exception) -> str:
+def first_error_line(error: Exception) -> str:
     """Return what went wrong in one line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -17,7 +17,7 @@ from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.hub import (
     Chosen,
     cache_folder,
-    first_line,
+    first_error_line,
     load_meant,
     load_saved,
     parsed,
@@ -26,7 +26,7 @@ from accel_clip.data.sources.hub import (
 )
 from accel_clip.data.sources.remote_file import WORTH_ANOTHER_ATTEMPT
 from accel_clip.data.sources.tables.columns import Columns
-from accel_clip.data.sources.tables.numbers import numbers_of
+from accel_clip.data.sources.tables.numbers import numbers_of_width
 from accel_clip.data.sources.tables.opening import source_over
 from accel_clip.data.sources.tables.table import TableSource
 from accel_clip.faults import DataError
@@ -76,13 +76,14 @@ class HubStream:
                     yield item
                 return
             except of_the_data() as error:
-                problem = UnusableSample("unreadable", first_line(error), self.place(shard))
+                problem = UnusableSample("unreadable", first_error_line(error), self.place(shard))
             except OF_THE_NETWORK as error:
                 num_failed += 1
                 if is_worth_another_attempt(error) and num_failed <= len(self.patience.waits_seconds):
                     self.patience.sleep(self.patience.waits_seconds[num_failed - 1])
                     continue
-                detail = f"{num_failed} attempts have failed, the last by {type(error).__name__}: {first_line(error)}"
+                last = f"{type(error).__name__}: {first_error_line(error)}"
+                detail = f"{num_failed} attempts have failed, the last by {last}"
                 problem = UnusableSample("missing_file", masked(detail), self.place(shard))
             yield Streamed(self.place(shard), problem, END)
             return
@@ -104,7 +105,7 @@ class HubStream:
         try:
             key = source.key(index)
             pair = source[index]
-            extra = {name: numbers_of(table[name][index], name, width) for name, width in columns}
+            extra = {name: numbers_of_width(table[name][index], name, width) for name, width in columns}
         except UnusableSample as problem:
             return key, UnusableSample(*problem.args)  # a new one: what was raised keeps the table in memory
         return key, replace(pair, extra=extra)
@@ -145,7 +146,7 @@ def load_stream(chosen: Chosen, path: str) -> IterableDataset:
     try:
         return load_meant(chosen, path, lambda config, split: load_dataset(path, config, split=split, streaming=True))
     except of_either() as error:
-        raise DataError(f"{chosen} cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{chosen} cannot be loaded: {first_error_line(error)}") from error
 
 
 def stream_of(dataset: IterableDataset, name: str, folder: Path, options: SourceOptions) -> HubStream:
@@ -155,7 +156,7 @@ def stream_of(dataset: IterableDataset, name: str, folder: Path, options: Source
     try:
         first = next(dataset.with_format("arrow").iter(ROWS_AT_ONCE), None)
     except of_either() as error:
-        raise DataError(f"{name} cannot be read: {first_line(error)}") from error
+        raise DataError(f"{name} cannot be read: {first_error_line(error)}") from error
     if first is None:
         raise DataError(f"{name}: the dataset has no rows")
     source = source_over(first, name, folder, options)

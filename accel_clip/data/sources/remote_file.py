@@ -8,7 +8,7 @@ from http import HTTPStatus
 from types import TracebackType
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.answers import LeadsNowhere, Version, seconds_of, start_of_part, version_of
+from accel_clip.data.sources.answers import LeadsNowhere, Version, seconds_of, start_of_range, version_of
 from accel_clip.data.sources.connections import BROKEN, Answer, Pace, Patience, TryAgain, asked
 from accel_clip.faults import one_line
 from accel_clip.redaction import masked
@@ -137,7 +137,7 @@ class RemoteFile:
         """Return the place of the first byte of an answer: 0 from a server that knows no parts."""
         if answer.status == HTTPStatus.OK:
             return 0
-        if start_of_part(answer.headers) != self.place:
+        if start_of_range(answer.headers) != self.place:
             raise TryAgain(f"an answer with another part of the file than from byte {self.place:,}")
         return self.place
 

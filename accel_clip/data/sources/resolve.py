@@ -73,11 +73,11 @@ def open_sources(
 ) -> Source:
     """Return the pairs of all items as one source, with the columns `extra`, of one width in all of them."""
     sources = [open_source(item, data, None, extra, index_folder, locations) for item in items]
-    require_columns(sources, extra)
+    require_number_columns(sources, extra)
     return as_one(sources)
 
 
-def require_columns(sources: Sequence[Source | Stream], columns: tuple[str, ...]) -> None:
+def require_number_columns(sources: Sequence[Source | Stream], columns: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless every source has all columns of numbers that a loss asks for."""
     if columns:
         from accel_clip.data.sources.tables import numbers
@@ -100,7 +100,7 @@ def open_item(
     locations: Locations = NOT_LOOKED_FOR,
 ) -> Source | Stream:
     """Return what an item of `data.train` stands for, which may be a stream; raises as `open_source` does."""
-    options = complete(item, data, None, "captions", extra, index_folder)
+    options = complete_options(item, data, None, "captions", extra, index_folder)
     return open_located(location_of(item, setting_of(item, data), locations), options)
 
 
@@ -118,7 +118,7 @@ def open_source(
     Raises `DataError` for what cannot be found or read, `ConfigError` for columns that are not there, and for streams.
     """
     setting = setting_of(item, data)
-    options = complete(item, data, label_key, "captions", extra, index_folder)
+    options = complete_options(item, data, label_key, "captions", extra, index_folder)
     return map_style(open_located(location_of(item, setting, locations), options), setting)
 
 
@@ -131,7 +131,7 @@ def open_labelled(
 ) -> Source:
     """Return a source of pictures with labels, for zero-shot classification; it may have no captions."""
     setting = "eval.zero_shot"
-    options = complete(item, data, label_key, "labels", index_folder=index_folder)
+    options = complete_options(item, data, label_key, "labels", index_folder=index_folder)
     return map_style(open_located(location_of(item, setting, locations), options), setting)
 
 
@@ -150,7 +150,7 @@ def setting_of(item: str | SourceConfig, data: DataConfig) -> str:
     return "data.val" if item in (data.val or []) and item not in data.train else "data.train"
 
 
-def complete(
+def complete_options(
     item: str | SourceConfig,
     data: DataConfig,
     label_key: str | None,

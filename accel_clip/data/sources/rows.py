@@ -75,7 +75,7 @@ def rows_of_table(source: TableSource) -> Rows:
     """Return the rows of a table, or of a folder of pictures."""
     looked = looked_at(len(source))
     if isinstance(source, CaptionFiles):
-        texts = in_rows(hashes(repr_of(source, row) for row in looked), looked, len(source))
+        texts = spread_over_rows(hashes(repr_of(source, row) for row in looked), looked, len(source))
     else:
         texts = texts_of_table(source)
     paths = {row: path for row in looked if (path := file_in_table(source, row)) is not None}
@@ -155,7 +155,7 @@ def rows_of_any(source: Source) -> Rows:
     texts = hashes(repr(None if pair is None else pair.captions) for pair in pairs)
     images = {row: pair.image for row, pair in zip(looked, pairs, strict=True) if pair is not None}
     paths = {row: image for row, image in images.items() if isinstance(image, Path)}
-    return Rows(hashes(keys), in_rows(texts, looked, num_rows), *looks(paths, num_rows))
+    return Rows(hashes(keys), spread_over_rows(texts, looked, num_rows), *looks(paths, num_rows))
 
 
 def fetched(source: Source, row: int) -> Pair | None:
@@ -180,17 +180,17 @@ def looked_at(num_rows: int) -> range:
 
 def hashes(values: Iterable[str | bytes | memoryview]) -> numpy.ndarray:
     """Return a hash of each value, uint64 [n]."""
-    return numpy.fromiter(map(hash_of, values), numpy.uint64)
+    return numpy.fromiter(map(value_hash, values), numpy.uint64)
 
 
-def in_rows(values: numpy.ndarray, rows: range, num_rows: int) -> numpy.ndarray:
+def spread_over_rows(values: numpy.ndarray, rows: range, num_rows: int) -> numpy.ndarray:
     """Return the values of some rows in their places among all, uint64 [n], 0 elsewhere."""
     found = numpy.zeros(num_rows, numpy.uint64)
     found[rows] = values
     return found
 
 
-def hash_of(value: str | bytes | memoryview) -> int:
+def value_hash(value: str | bytes | memoryview) -> int:
     """Return a hash below 2 ** 64."""
     return xxhash.xxh3_64_intdigest(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
 
@@ -203,7 +203,7 @@ def looks(paths: Mapping[int, str | Path], num_rows: int) -> tuple[numpy.ndarray
         sizes[row], times[row] = status_of(path)
     step = max(1, -(-int(sizes.clip(min=0).sum()) // MOST_BYTES))
     for row in numpy.flatnonzero((sizes > 0) & (sizes <= MOST_BYTES))[::step].tolist():
-        contents[row] = content_of(paths[row])
+        contents[row] = content_hash(paths[row])
     return sizes, times, contents
 
 
@@ -216,7 +216,7 @@ def status_of(path: str | Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def content_of(path: str | Path) -> int:
+def content_hash(path: str | Path) -> int:
     """Return a hash of all bytes of a file, 0 where it cannot be read."""
     try:
         return xxhash.xxh3_64_intdigest(Path(path).read_bytes())

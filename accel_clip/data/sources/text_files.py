@@ -137,7 +137,7 @@ def typical_share(raw: bytes, encoding: str, is_typical: Callable[[str, str, str
     return sum(typical) / max(len(typical), 1)
 
 
-def in_rows(encoding: str, *rows: tuple[int, int]) -> Callable[[str, str, str], bool]:
+def is_in_rows(encoding: str, *rows: tuple[int, int]) -> Callable[[str, str, str], bool]:
     """Return whether a character stands in those rows of a two-byte character set, where its everyday ones are."""
 
     def is_typical(before: str, character: str, after: str) -> bool:
@@ -159,10 +159,10 @@ def is_western(before: str, character: str, after: str) -> bool:
 
 
 CANDIDATES: dict[str, Callable[[str, str, str], bool]] = {  # of equals the first wins, which has fewer typical ones
-    "cp949": in_rows("euc_kr", (0xB0, 0xC8)),  # the Hangul of KS X 1001
-    "gb18030": in_rows("gb2312", (0xA1, 0xA3), (0xB0, 0xD7)),  # punctuation, and the 3,755 common hanzi of GB 2312
-    "big5": in_rows("big5", (0xA1, 0xA3), (0xA4, 0xC6)),  # punctuation, and the 5,401 common hanzi of Big5
-    "cp932": in_rows("euc_jp", (0xA1, 0xA5), (0xB0, 0xCF)),  # punctuation, kana, and level 1 kanji of JIS X 0208
+    "cp949": is_in_rows("euc_kr", (0xB0, 0xC8)),  # the Hangul of KS X 1001
+    "gb18030": is_in_rows("gb2312", (0xA1, 0xA3), (0xB0, 0xD7)),  # punctuation, and the 3,755 common hanzi of GB 2312
+    "big5": is_in_rows("big5", (0xA1, 0xA3), (0xA4, 0xC6)),  # punctuation, and the 5,401 common hanzi of Big5
+    "cp932": is_in_rows("euc_jp", (0xA1, 0xA5), (0xB0, 0xCF)),  # punctuation, kana, and level 1 kanji of JIS X 0208
     "cp1251": is_cyrillic,
     "cp1252": is_western,
 }

@@ -18,7 +18,7 @@ from accel_clip import console
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES, caption_too_large
 from accel_clip.data.sources.base import SourceOptions
-from accel_clip.data.sources.class_names import some_of
+from accel_clip.data.sources.class_names import some_names
 from accel_clip.data.sources.folders.picture_files import PictureFiles
 from accel_clip.data.sources.shards.texts import CAPTION_EXTENSIONS, RECORD, SampleTexts, TextRule, text_rules
 from accel_clip.data.sources.tables.columns import Columns, usual_column
@@ -78,20 +78,20 @@ def open_caption_files(
     if rule is None:
         return None
     texts = sorted(name for ending in found if ending != RECORD for name in found[ending])
-    say_what_is_not_read(folder, files, texts)
+    say_texts_left_out(folder, files, texts)
     encodings = caption_encodings(folder, texts, options.encoding, limit)
     for ending in found:
         pictures = pictures.append_column(ending, pyarrow.array(beside[ending], pyarrow.string()))
     return CaptionFiles(str(folder), pictures, folder, limit, rule, encodings)
 
 
-def say_what_is_not_read(folder: Path, files: Sequence[str], texts: Sequence[str]) -> None:
+def say_texts_left_out(folder: Path, files: Sequence[str], texts: Sequence[str]) -> None:
     """Say how many texts are those of no picture, as shards do; texts: those that are."""
     endings = tuple(f".{ending}" for ending in CAPTION_EXTENSIONS)
     others = {name for name in files if name.lower().endswith(endings)}.difference(texts)
     if others:
         why = "no picture is called so, or it has another"
-        console.say(f"{folder}: {len(others):,} texts are not read, since {why}: {some_of(others)}")
+        console.say(f"{folder}: {len(others):,} texts are not read, since {why}: {some_names(others)}")
 
 
 def files_beside(pictures: Sequence[str], files: Sequence[str], ending: str) -> list[str | None]:

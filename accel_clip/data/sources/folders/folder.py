@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow
 
 from accel_clip.data.sources.base import Source, SourceOptions
-from accel_clip.data.sources.class_names import are_codes, class_name, some_of
+from accel_clip.data.sources.class_names import are_codes, class_name, some_names
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES, TABLE_SUFFIXES
 from accel_clip.data.sources.folders.caption_files import open_caption_files
 from accel_clip.data.sources.folders.picture_files import PictureFiles
@@ -113,13 +113,14 @@ def require_classes(folder: Path, pictures: Sequence[str], files: Sequence[str],
     setting = "data.caption_key" if options.needs == "captions" else "eval.label_key"
     if tables:
         raise ConfigError(
-            f"{setting}: {folder} has pictures in folders and beside them {some_of(tables)}: name that as the source "
-            f"if the captions stand there, or set {setting} to {NAMES_OF_FOLDERS} if folders are called by captions"
+            f"{setting}: {folder} has pictures in folders and beside them {some_names(tables)}: name that as the "
+            f"source if the captions stand there, or set {setting} to {NAMES_OF_FOLDERS} if folders are called by "
+            "captions"
         )
     odd = no_classes(classes)
     if odd:
         raise ConfigError(
-            f"{setting}: {folder} has no captions beside its pictures, and its folders ({some_of(odd)}) do not look "
+            f"{setting}: {folder} has no captions beside its pictures, and its folders ({some_names(odd)}) do not look "
             f"like names of classes: set {setting} to {NAMES_OF_FOLDERS} if they are, or name a table with captions"
         )
 
@@ -129,7 +130,7 @@ def refuse(folder: Path, pictures: Sequence[str], classes: Collection[str], tabl
     hint = f"it holds {len(pictures)} pictures in {len(classes)} folders"
     if tables:
         several = len(tables) > 1
-        hint = f"it holds the table{'s' if several else ''} {some_of(tables)}: name {folder / tables[0]}"
+        hint = f"it holds the table{'s' if several else ''} {some_names(tables)}: name {folder / tables[0]}"
         hint += ", or several in a list" if several else ""
     elif classes and {name.lower() for name in classes} <= SPLITS:
         hint = f"name one of its parts, such as {folder / min(classes)}"

@@ -26,7 +26,7 @@ from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.sources.base import Pair, SourceOptions
 from accel_clip.data.sources.shards.member_names import words_named, words_of_endings
 from accel_clip.data.sources.shards.reader import ShardReader
-from accel_clip.data.sources.shards.samples import Samples, endings_by_stem, joined, regrouped, samples_of
+from accel_clip.data.sources.shards.samples import Samples, endings_by_stem, regrouped, samples_of, samples_of_all
 from accel_clip.data.sources.shards.tar_index import TarIndex, index_all
 from accel_clip.data.sources.shards.texts import (
     LARGEST_PICTURE_BYTES,
@@ -156,7 +156,7 @@ def open_shards(written: str, paths: Sequence[Path], options: SourceOptions) -> 
     source = TarShards(
         name=written,
         reader=ShardReader(paths, [index.num_bytes for index in indexes], [index.mtime_ns for index in indexes]),
-        samples=joined(parts, indexes),
+        samples=samples_of_all(parts, indexes),
         ends=list(accumulate(len(part.keys.sizes) for part in parts)),
         keys=b"".join(index.keys for index in indexes),
         captions=captions,
@@ -164,7 +164,7 @@ def open_shards(written: str, paths: Sequence[Path], options: SourceOptions) -> 
         encodings=text_encodings(options.encoding),
     )
     say_what_is_lost(paths, indexes, [len(part.keys.sizes) for part in parts])
-    say_what_is_not_read(written, indexes, source.samples, {*pictures, *texts})
+    say_members_left_out(written, indexes, source.samples, {*pictures, *texts})
     require_texts(written, rule, present, source.samples.texts, some_records(source))
     require_common_names(source)
     return source
@@ -212,7 +212,7 @@ def require_common_names(source: TarShards) -> None:
         )
 
 
-def say_what_is_not_read(name: str, indexes: Sequence[TarIndex], samples: Samples, read: Collection[str]) -> None:
+def say_members_left_out(name: str, indexes: Sequence[TarIndex], samples: Samples, read: Collection[str]) -> None:
     """Say how many members no sample uses: by their endings, and those whose sample has another of their kind."""
     counts = Counter[str]()
     for index in indexes:

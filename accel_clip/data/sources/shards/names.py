@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from accel_clip.faults import ConfigError, DataError
+from accel_clip.faults import ConfigError, DataError, some_of
 
 SUFFIX = ".tar"
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.\w+)$", re.IGNORECASE)
@@ -28,7 +28,7 @@ COMPANIONS = frozenset({SUFFIX, ".accel-clip-index", ".json", ".parquet", ".idx"
 LONGEST_LABEL, LONGEST_HOST = 63, 253  # characters of a part of a host's name, and of all of it
 LARGEST_PORT = 65535
 MOST_SHARDS = 1_000_000
-MOST_NAMES_SHOWN = 100
+MOST_NAMED = 100
 
 
 def refuse_address(written: str, setting: str) -> None:
@@ -141,11 +141,9 @@ def find_shards(written: str, setting: str = "data.train") -> list[Path]:
         raise DataError(f"{setting}: no file fits '{written}': name shards that are there")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        shown = ", ".join(missing[:MOST_NAMES_SHOWN])
-        more = f" and {len(missing) - MOST_NAMES_SHOWN} more" if len(missing) > MOST_NAMES_SHOWN else ""
         raise DataError(
-            f"{setting}: {len(missing)} of the {len(paths)} shards in '{written}' are missing: {shown}{more}: get them "
-            "again, or leave them out of the pattern"
+            f"{setting}: {len(missing)} of the {len(paths)} shards in '{written}' are missing: "
+            f"{some_of(missing, MOST_NAMED)}: get them again, or leave them out of the pattern"
         )
     return paths
 

@@ -72,7 +72,7 @@ class PartialSample:
 
     def text(self, extension: str) -> bytes | None:
         """Return the bytes of a text member, None without one; raises `UnusableSample`."""
-        return given(self.texts.get(extension))
+        return required_content(self.texts.get(extension))
 
 
 class Limit:
@@ -144,7 +144,7 @@ class RemoteShards:
                 problem = problem_of(archive, address)
             except UnusableSample as failure:
                 problem = UnusableSample(*failure.args)
-        if last is not None and problem is not None and is_cut(last.pair):
+        if last is not None and problem is not None and is_of_cut_shard(last.pair):
             last, problem = replace(last, end=END), None  # what is wrong with the shard is said by this sample
         if last is not None:
             yield last
@@ -176,7 +176,7 @@ class RemoteShards:
         if extension in self.text_extensions:
             is_too_large = member.num_bytes > LARGEST_CAPTION_BYTES
             path = f"{gathered.key}.{extension}"
-            content = text_too_large(member.num_bytes, path) if is_too_large else content_of(member, file, path)
+            content = text_too_large(member.num_bytes, path) if is_too_large else content_or_problem(member, file, path)
             gathered.texts[extension] = content
             return
         rank = self.pictures.index(extension)
@@ -184,7 +184,9 @@ class RemoteShards:
             gathered.picture, gathered.rank = None, rank  # the one before is let go of first
             is_too_large = member.num_bytes > LARGEST_PICTURE_BYTES
             path = gathered.key
-            content = picture_too_large(member.num_bytes, path) if is_too_large else content_of(member, file, path)
+            content = (
+                picture_too_large(member.num_bytes, path) if is_too_large else content_or_problem(member, file, path)
+            )
             gathered.picture = content
 
     def outcome(self, gathered: PartialSample) -> Pair | UnusableSample:
@@ -193,7 +195,7 @@ class RemoteShards:
         try:
             captions, weights = texts.captions(self.caption_rule) if self.caption_rule else ((), ())
             label = texts.label(self.label_rule) if self.label_rule else None
-            picture = given(gathered.picture)
+            picture = required_content(gathered.picture)
             if picture is None:
                 raise UnusableSample("missing_file", WITHOUT_PICTURE, gathered.key)
         except UnusableSample as problem:
@@ -201,7 +203,7 @@ class RemoteShards:
         return Pair(picture, captions, label, weights=weights)
 
 
-def content_of(member: Member, file: ForwardFile, path: str) -> bytes | UnusableSample:
+def content_or_problem(member: Member, file: ForwardFile, path: str) -> bytes | UnusableSample:
     """Return the bytes of the member that comes next in a file, or the error for a file that ends before they do."""
     content = file.read(member.num_bytes)
     if len(content) < member.num_bytes:
@@ -209,14 +211,14 @@ def content_of(member: Member, file: ForwardFile, path: str) -> bytes | Unusable
     return content
 
 
-def given(content: bytes | UnusableSample | None) -> bytes | None:
+def required_content(content: bytes | UnusableSample | None) -> bytes | None:
     """Return the bytes of a member, None without one; raises `UnusableSample` where they are wrong."""
     if isinstance(content, UnusableSample):
         raise content
     return content
 
 
-def is_cut(outcome: Pair | UnusableSample) -> bool:
+def is_of_cut_shard(outcome: Pair | UnusableSample) -> bool:
     """Return whether a sample is the one that a shard ends inside of."""
     return isinstance(outcome, UnusableSample) and outcome.reason == "truncated_shard"
 
@@ -300,7 +302,7 @@ def beginning_of(
         with RemoteFile(address, patience=patience) as file:
             archive = Archive(file)
             try:
-                beginning = look_at(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
+                beginning = first_members(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
                 problem = problem_of(archive, masked(address))
             except UnusableSample as failure:
                 beginning, problem = ArchiveBeginning(), failure
@@ -313,7 +315,7 @@ def beginning_of(
     raise DataError(f"{name} cannot be read, {tried} tried: {'; '.join(failures)}")
 
 
-def look_at(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> ArchiveBeginning:
+def first_members(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> ArchiveBeginning:
     """Return the names of an archive's first members and the objects in those that end with .json.
 
     Raises `UnusableSample` where the limit is reached before there is any.

@@ -99,7 +99,7 @@ def places_of(index: TarIndex, extensions: Sequence[str]) -> Places:
     return Places(offsets, sizes)
 
 
-def joined(parts: Sequence[Samples], indexes: Sequence[TarIndex]) -> Samples:
+def samples_of_all(parts: Sequence[Samples], indexes: Sequence[TarIndex]) -> Samples:
     """Return the samples of all shards; keys are counted from the first shard's first."""
     starts = numpy.cumsum([0, *(len(index.keys) for index in indexes)])
     keys = [Places(part.keys.offsets + start, part.keys.sizes) for part, start in zip(parts, starts, strict=False)]

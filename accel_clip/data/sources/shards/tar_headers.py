@@ -139,7 +139,7 @@ class Archive:
             if header.kind not in EXTENSIONS:
                 size = header.num_bytes if extended.num_bytes is None else extended.num_bytes
                 size = 0 if header.kind in WITHOUT_DATA else size
-                yield Member(name_of(header, extended), data, size)
+                yield Member(name_of_member(header, extended), data, size)
                 extended, num_extensions = NOTHING, 0
             if not pass_to(file, data + size):
                 self.problem = f"it ends inside of a member, at byte {file.tell():,}"
@@ -147,7 +147,7 @@ class Archive:
             pass_to(file, padded(data + size))
 
 
-def name_of(header: Header, extended: ExtendedHeader) -> bytes:
+def name_of_member(header: Header, extended: ExtendedHeader) -> bytes:
     """Return the name of a regular file, empty for all else; old archives wrote folders as files without bytes."""
     name = extended.name or header.name
     is_file = header.kind in REGULAR and not extended.is_sparse and not name.endswith(b"/")

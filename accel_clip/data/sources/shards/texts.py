@@ -14,7 +14,7 @@ from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.sources.tables.cells import captions_in, captions_of_text, storable
 from accel_clip.data.sources.tables.columns import CAPTION_COLUMNS, LABEL_COLUMNS, usual_column
 from accel_clip.data.sources.text_files import decode_text
-from accel_clip.faults import ConfigError, DataError, nearest
+from accel_clip.faults import ConfigError, DataError, nearest, some_of
 
 PICTURE_EXTENSIONS = tuple(sorted(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES))
 CAPTION_EXTENSIONS = ("txt", "caption")
@@ -22,7 +22,6 @@ LABEL_EXTENSIONS = ("cls", "label")
 USUAL_TEXTS = (*CAPTION_EXTENSIONS, *LABEL_EXTENSIONS)
 RECORD = "json"
 LARGEST_PICTURE_BYTES = 1 << 30
-MOST_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class SampleTexts:
             keys = rule.keys(self.extensions)
             record = self.record() if keys else {}
             return {
-                word: texts_in(record.get(word)) if word in keys else self.texts(word, rule) or []
+                word: texts_in_json(record.get(word)) if word in keys else self.texts(word, rule) or []
                 for word in rule.named
             }
         for extension in rule.extensions(self.extensions):
@@ -88,7 +87,7 @@ class SampleTexts:
                 return {extension: texts}
         record = self.record()
         key = usual_column(rule.usual_keys, list(record))
-        return {} if key is None else {key: texts_in(record[key])}
+        return {} if key is None else {key: texts_in_json(record[key])}
 
     def record(self) -> dict[str, Any]:
         """Return the object in the .json member, empty without one; raises `UnusableSample`."""
@@ -110,7 +109,7 @@ class SampleTexts:
         if text is None:
             return None
         if extension.endswith(f".{RECORD}"):
-            return texts_in(usual_value(self.parsed(text, extension), rule))
+            return texts_in_json(usual_value(self.parsed(text, extension), rule))
         return captions_of_text(text, rule.each_line)
 
     def text(self, extension: str) -> str | None:
@@ -147,7 +146,7 @@ def text_rules(options: SourceOptions) -> tuple[TextRule | None, TextRule | None
     return TextRule("data.caption_key", named, CAPTION_EXTENSIONS, CAPTION_COLUMNS, options.caption_lines), None
 
 
-def texts_in(value: Any) -> list[str]:
+def texts_in_json(value: Any) -> list[str]:
     """Return the texts in a JSON value: one, or those in a list; raises `UnusableSample` for objects."""
     return [storable(text) for text in captions_in(value)]
 
@@ -170,7 +169,7 @@ def unread_in_words(counts: Mapping[str, int], num_spare: int = 0) -> str:
     usual = sorted(counts, key=lambda ending: (-counts[ending], ending))
     words = [f"{counts[ending]:,} {f'.{ending}' if ending else 'hidden or without an ending'}" for ending in usual]
     spare = [f"{num_spare:,} whose sample has another picture, or another of that name"] if num_spare else []
-    return shown([*spare, *words])
+    return some_of([*spare, *words])
 
 
 def picture_extensions(present: Sequence[str], image_key: str | None, name: str) -> tuple[str, ...]:
@@ -181,12 +180,12 @@ def picture_extensions(present: Sequence[str], image_key: str | None, name: str)
         named = image_key.lower().removeprefix(".")
         if named not in present:
             hint = nearest(named, present) or "."
-            raise ConfigError(f"data.image_key: {name} has no members '.{named}'{hint} It has: {shown(present)}")
+            raise ConfigError(f"data.image_key: {name} has no members '.{named}'{hint} It has: {some_of(present)}")
         return (named,)
     if not set(PICTURE_EXTENSIONS) & set(present):
         raise ConfigError(
             f"data.image_key: {name} has no pictures by their usual endings ({', '.join(PICTURE_EXTENSIONS)}): name "
-            f"one of those it has: {shown(present)}"
+            f"one of those it has: {some_of(present)}"
         )
     return PICTURE_EXTENSIONS
 
@@ -206,15 +205,10 @@ def require_texts(
         return  # none of those looked at can be read: each is counted when its turn comes
     known = list(dict.fromkeys(key for record in looked_at for key in record))
     unknown = next((key for key in keys if key not in known), None)
-    members = f"Its members: {shown(present)}" + (f"; keys in .json: {shown(known)}" if known else "")
+    members = f"Its members: {some_of(present)}" + (f"; keys in .json: {some_of(known)}" if known else "")
     if unknown is not None:
         hint = nearest(unknown, [*present, *known]) or "."
         raise ConfigError(f"{rule.setting}: {name} has no member or JSON key '{unknown}'{hint} {members}")
     if not keys and usual_column(rule.usual_keys, known) is None:
         usual = f".{', .'.join(rule.usual_extensions)} members or JSON keys {', '.join(rule.usual_keys)}"
         raise ConfigError(f"{rule.setting}: {name} has none of the usual {usual}: name another. {members}")
-
-
-def shown(names: Sequence[str]) -> str:
-    """Return names for a message, the first of many."""
-    return ", ".join(names[:MOST_NAMES_SHOWN]) + (", …" if len(names) > MOST_NAMES_SHOWN else "")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.tables.written import described, structure_in
+from accel_clip.data.sources.tables.written import keys_in_words, structure_in
 
 NUMBER_OF_A_CAPTION = re.compile(r"(?<=\.\w{3})#\d+$|(?<=\.\w{4})#\d+$")
 """behind a picture's name, in the lists that come with Flickr8k and Flickr30k"""
@@ -30,9 +30,9 @@ def captions_in(value: Any) -> list[str]:
         elif isinstance(structure, (list, tuple)):
             waiting.extend(reversed(structure))
         else:
-            captions.extend(texts_in(part))
+            captions.extend(texts_in_cell(part))
     if objects and not captions:
-        raise UnusableSample("no_caption", f"{described(objects[0])} is no caption")
+        raise UnusableSample("no_caption", f"{keys_in_words(objects[0])} is no caption")
     return captions
 
 
@@ -49,10 +49,10 @@ def captions_of_text(text: str, each_line: bool | None) -> list[str]:
     return [text] if each_line is False or (each_line is None and has_paragraphs) else lines
 
 
-def texts_in(value: Any) -> list[str]:
+def texts_in_cell(value: Any) -> list[str]:
     """Return the texts in a cell: none in an empty one, several in a list; raises `UnusableSample` for broken bytes."""
     texts = []
-    for part in parts_of(value):
+    for part in flat_items(value):
         if part is None or (isinstance(part, float) and math.isnan(part)):
             continue
         try:
@@ -70,7 +70,7 @@ def path_in(text: str) -> str:
     return NUMBER_OF_A_CAPTION.sub("", text.replace("\\", "/")) if "#" in text else text.replace("\\", "/")
 
 
-def parts_of(value: Any) -> Iterator[Any]:
+def flat_items(value: Any) -> Iterator[Any]:
     """Yield what nested lists hold, in order; they may nest deeper than Python calls do."""
     waiting = [value]
     while waiting:

@@ -11,7 +11,7 @@ import pyarrow
 
 from accel_clip.data.sources.base import SourceOptions
 from accel_clip.data.sources.tables.content import TableContent
-from accel_clip.data.sources.tables.delimited import LONGEST_LINE, lines_of
+from accel_clip.data.sources.tables.delimited import LONGEST_LINE, lines_of_table
 from accel_clip.data.sources.tables.json_rows import json_rows, stored_texts
 from accel_clip.data.sources.tables.picture_cells import is_base64
 from accel_clip.data.sources.text_files import open_text
@@ -46,10 +46,10 @@ def read_chinese_clip(path: Path, options: SourceOptions) -> TableContent:
     captions: dict[str, list[str]] = {}
     with open_text(texts, options.encoding) as file:
         for row in json_rows(file, texts):
-            for number in numbers_of(row):
+            for number in picture_numbers(row):
                 captions.setdefault(number, []).extend(stored_texts(row.get("text")))
     with open_text(pictures, options.encoding) as file:
-        rows = [tuple(line.rstrip("\r\n").split("\t", 1)) for line in lines_of(file, pictures) if line.strip()]
+        rows = [tuple(line.rstrip("\r\n").split("\t", 1)) for line in lines_of_table(file, pictures) if line.strip()]
     found = [row[1] if len(row) == 2 else None for row in rows]
     known = [captions.pop(row[0].strip(), []) for row in rows]
     columns = [pyarrow.array([*found, *[None] * len(captions)], pyarrow.large_string())]
@@ -57,7 +57,7 @@ def read_chinese_clip(path: Path, options: SourceOptions) -> TableContent:
     return TableContent(pyarrow.table(columns, names=["image", "caption"]), path.parent)
 
 
-def numbers_of(row: dict[str, Any]) -> Iterator[str]:
+def picture_numbers(row: dict[str, Any]) -> Iterator[str]:
     """Yield the numbers of the pictures that a text belongs to."""
     numbers = row.get("image_ids")
     yield from (str(number) for number in (numbers if isinstance(numbers, list) else [numbers]))

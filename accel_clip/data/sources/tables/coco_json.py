@@ -11,7 +11,7 @@ from accel_clip.data.sources.base import SourceOptions
 from accel_clip.data.sources.tables.content import TableContent
 from accel_clip.data.sources.tables.json_rows import stored_texts
 from accel_clip.data.sources.tables.picture_folders import folder_of_pictures
-from accel_clip.data.sources.tables.written import described
+from accel_clip.data.sources.tables.written import keys_in_words
 from accel_clip.faults import DataError
 
 
@@ -28,7 +28,7 @@ def read_coco(content: Any, path: Path, options: SourceOptions) -> TableContent:
     images = [each for each in content["images"] if isinstance(each, dict)]
     annotations = [each for each in content["annotations"] if isinstance(each, dict)]
     if not any("caption" in each for each in annotations):
-        found = described(annotations[0]) if annotations else "none"
+        found = keys_in_words(annotations[0]) if annotations else "none"
         raise DataError(
             f"{path}: its annotations are no captions ({found}): name the file of captions, such as captions_*.json"
         )

@@ -10,7 +10,7 @@ import pyarrow
 from pyarrow import types
 
 from accel_clip.data.sources.base import SourceOptions
-from accel_clip.faults import ConfigError, DataError, nearest
+from accel_clip.faults import ConfigError, DataError, nearest, some_of
 from accel_clip.typed import WrongValue, fit
 from accel_clip.typed_json import WrongContent, parse_json
 
@@ -18,7 +18,6 @@ IMAGE_COLUMNS = ("image", "image_path", "file_name", "filepath", "filename", "pa
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "comment")
 LABEL_COLUMNS = ("label", "class", "category", "class_name")
 USUAL_COLUMNS = frozenset((*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS))
-MOST_NAMES_SHOWN, LONGEST_NAME = 20, 60
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def known_column(setting: str, key: str, schema: pyarrow.Schema, name: str) -> s
     if key in schema.names:
         return key
     hint = nearest(key, schema.names) or "."
-    raise ConfigError(f"{setting}: {name} has no column '{key}'{hint} Its columns: {shown(schema.names)}")
+    raise ConfigError(f"{setting}: {name} has no column '{key}'{hint} Its columns: {some_columns(schema.names)}")
 
 
 def usual_column(usual: tuple[str, ...], names: list[str]) -> str | None:
@@ -83,14 +82,13 @@ def missing_column(setting: str, usual: tuple[str, ...], schema: pyarrow.Schema,
     """Raise `ConfigError` for a table that has none of the usual columns."""
     raise ConfigError(
         f"{setting}: {name} has none of the usual columns ({', '.join(usual)}): name one of those it has: "
-        f"{shown(schema.names)}"
+        f"{some_columns(schema.names)}"
     )
 
 
-def shown(names: Sequence[str]) -> str:
+def some_columns(names: Sequence[str]) -> str:
     """Return the names of columns for a message; where a file has no header line they are what stands in it."""
-    cut = [name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in names[:MOST_NAMES_SHOWN]]
-    return ", ".join(cut) + (", …" if len(names) > MOST_NAMES_SHOWN else "")
+    return some_of(names, longest=60)
 
 
 def is_asked_for(column: str, options: SourceOptions) -> bool:

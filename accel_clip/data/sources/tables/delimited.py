@@ -45,7 +45,7 @@ class Dialect:
 
 
 @dataclass
-class Rows:
+class DelimitedRows:
     """The rows of a file."""
 
     file: TextIO
@@ -89,7 +89,7 @@ class Rows:
 
     def lines_read(self) -> Iterator[str]:
         """Yield the lines of the file, and remember those of the row."""
-        for line in lines_of(self.file, self.path):
+        for line in lines_of_table(self.file, self.path):
             self.lines.append(line)
             yield line
 
@@ -144,9 +144,9 @@ def read_delimited(path: Path, options: SourceOptions) -> TableContent:
     """
     csv.field_size_limit(LONGEST_CELL)
     with open_text(path, options.encoding) as file:
-        dialect = find_dialect(list(islice(lines_of(file, path), LINES_TO_LOOK_AT)), path, options.quoting)
+        dialect = find_dialect(list(islice(lines_of_table(file, path), LINES_TO_LOOK_AT)), path, options.quoting)
         file.seek(0)
-        found = Rows(file, path, dialect, dialect.has_quotes and options.quoting == "auto")
+        found = DelimitedRows(file, path, dialect, dialect.has_quotes and options.quoting == "auto")
         rows = iter(found)
         first = [cell or "" for cell in next(rows, [])]
         names = names_for(first)
@@ -202,7 +202,7 @@ def num_cells(line: str, separator: str) -> int:
         return 0
 
 
-def lines_of(file: TextIO, path: Path) -> Iterator[str]:
+def lines_of_table(file: TextIO, path: Path) -> Iterator[str]:
     """Yield the lines of a file; raises `DataError` for one that is too long for a row of a table."""
     number = 0
     while line := file.readline(LONGEST_LINE):

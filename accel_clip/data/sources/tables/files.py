@@ -10,7 +10,7 @@ from accel_clip.data.sources.base import SourceOptions
 from accel_clip.data.sources.tables.chinese_clip import is_chinese_clip, read_chinese_clip
 from accel_clip.data.sources.tables.content import TableContent
 from accel_clip.data.sources.tables.delimited import read_delimited
-from accel_clip.data.sources.tables.json_files import read_json
+from accel_clip.data.sources.tables.json_files import read_json_table
 from accel_clip.data.sources.tables.json_rows import read_json_lines
 from accel_clip.data.sources.tables.parquet_files import read_parquet
 
@@ -36,7 +36,7 @@ FORMATS = (
     Format((".tsv", ".jsonl"), read_chinese_clip, is_chinese_clip),
     Format((".csv", ".tsv", ".txt", ".token"), read_delimited),
     Format((".jsonl",), read_json_lines),
-    Format((".json",), read_json),
+    Format((".json",), read_json_table),
     Format((".parquet",), read_parquet),
 )
 """The first that fits is what a file is."""

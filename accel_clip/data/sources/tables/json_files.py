@@ -15,7 +15,7 @@ from accel_clip.data.sources.tables.content import TableContent
 from accel_clip.data.sources.tables.delimited import kind_of
 from accel_clip.data.sources.tables.json_rows import read_json_lines, table_of
 from accel_clip.data.sources.tables.karpathy_json import is_karpathy, read_karpathy
-from accel_clip.data.sources.tables.written import described
+from accel_clip.data.sources.tables.written import keys_in_words
 from accel_clip.data.sources.text_files import read_text
 from accel_clip.faults import DataError
 
@@ -33,7 +33,7 @@ class Shape:
     """what the value holds"""
 
 
-def read_json(path: Path, options: SourceOptions) -> TableContent:
+def read_json_table(path: Path, options: SourceOptions) -> TableContent:
     """Return the pairs of a .json file, also of one with an object a line; raises `DataError` saying what is in it."""
     try:
         content = read_whole(path, options)
@@ -43,7 +43,7 @@ def read_json(path: Path, options: SourceOptions) -> TableContent:
         raise
     shape = next((shape for shape in SHAPES if shape.fits(content)), None)
     if shape is None:
-        found = described(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = keys_in_words(content) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise DataError(
             f"{path}: {found} is no list of pairs: what is read is a list of objects with a picture and a caption, "
             "{picture: caption}, COCO's captions_*.json and Karpathy's dataset_*.json"
@@ -74,7 +74,7 @@ def rows_in(content: Any) -> list[dict[str, Any]]:
     return lists[0] if len(lists) == 1 else inside if by_number else []
 
 
-def read_rows(content: Any, path: Path, options: SourceOptions) -> TableContent:
+def read_json_rows(content: Any, path: Path, options: SourceOptions) -> TableContent:
     """Return a list of objects as rows."""
     return TableContent(table_of(rows_in(content), path, options), path.parent)
 
@@ -119,7 +119,7 @@ SHAPES = (
     Shape(is_karpathy, read_karpathy),
     Shape(is_coco, read_coco),
     Shape(is_by_name, read_by_name),
-    Shape(is_list_of_objects, read_rows),
+    Shape(is_list_of_objects, read_json_rows),
     Shape(is_by_column, read_by_column),
 )
 """The first that fits is what a file is."""

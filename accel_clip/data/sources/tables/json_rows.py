@@ -11,10 +11,10 @@ from typing import Any, TextIO
 import pyarrow
 
 from accel_clip.data.sources.base import SourceOptions
-from accel_clip.data.sources.tables.cells import parts_of, storable, texts_in
+from accel_clip.data.sources.tables.cells import flat_items, storable, texts_in_cell
 from accel_clip.data.sources.tables.columns import is_asked_for
 from accel_clip.data.sources.tables.content import TableContent
-from accel_clip.data.sources.tables.delimited import ROWS_AT_ONCE, lines_of
+from accel_clip.data.sources.tables.delimited import ROWS_AT_ONCE, lines_of_table
 from accel_clip.data.sources.text_files import open_text
 from accel_clip.faults import DataError
 
@@ -46,13 +46,13 @@ def column_of(rows: list[Mapping[str, Any]], name: str, options: SourceOptions) 
 
 def stored_texts(value: Any) -> list[str]:
     """Return a JSON value as texts; an object is one as JSON writes it, which who reads the cell recognises."""
-    parts = (json.dumps(part, ensure_ascii=False) if isinstance(part, dict) else part for part in parts_of(value))
-    return [storable(text) for part in parts for text in texts_in(part)]
+    parts = (json.dumps(part, ensure_ascii=False) if isinstance(part, dict) else part for part in flat_items(value))
+    return [storable(text) for part in parts for text in texts_in_cell(part)]
 
 
 def json_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
     """Yield the object of every line; blank lines are passed over, and NaN is an empty cell."""
-    for number, line in enumerate(lines_of(file, path), start=1):
+    for number, line in enumerate(lines_of_table(file, path), start=1):
         if not line.strip():
             continue
         try:

@@ -18,10 +18,10 @@ from accel_clip.faults import ConfigError, nearest
 ROWS_TO_LOOK_AT = 100  # at most, for one that can be read
 
 
-def numbers_of(cell: pyarrow.Scalar, column: str, width: int) -> numpy.ndarray:
+def numbers_of_width(cell: pyarrow.Scalar, column: str, width: int) -> numpy.ndarray:
     """Return the numbers in a cell, float32 [width]; raises `UnusableSample` for anything else."""
     try:
-        numbers = numbers_in(cell)
+        numbers = numbers_in_cell(cell)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UnusableSample("unreadable", f"the column '{column}' holds no list of numbers: {error}") from error
     if len(numbers) != width:
@@ -31,7 +31,7 @@ def numbers_of(cell: pyarrow.Scalar, column: str, width: int) -> numpy.ndarray:
     return numbers
 
 
-def numbers_in(cell: pyarrow.Scalar) -> numpy.ndarray:
+def numbers_in_cell(cell: pyarrow.Scalar) -> numpy.ndarray:
     """Return the numbers in a cell, float32 [n]: a list, a JSON list in a text, or one number; raises `ValueError`."""
     content: Any = cell.values if isinstance(cell, pyarrow.ListScalar) else cell.as_py()
     if content is None:
@@ -55,7 +55,7 @@ def usual_width(cells: pyarrow.ChunkedArray, column: str, name: str) -> int:
     widths: Counter[int] = Counter()
     for cell in cells[:ROWS_TO_LOOK_AT]:
         try:
-            widths[len(numbers_in(cell))] += 1
+            widths[len(numbers_in_cell(cell))] += 1
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             problem = problem or error
     del widths[0]

@@ -11,9 +11,9 @@ import pyarrow
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.endings import PICTURE_SUFFIXES
-from accel_clip.data.sources.tables.cells import parts_of, path_in, texts_in
+from accel_clip.data.sources.tables.cells import flat_items, path_in, texts_in_cell
 from accel_clip.data.sources.tables.columns import holds_bytes, holds_pictures
-from accel_clip.data.sources.tables.written import described, literal_in, structure_in
+from accel_clip.data.sources.tables.written import keys_in_words, literal_in, structure_in
 
 Content = memoryview | bytes
 
@@ -69,7 +69,7 @@ def picture_in_struct(cell: pyarrow.StructScalar) -> tuple[Content | None, str]:
         return picture_in(cell["bytes"])
     if "path" in names:
         return picture_in(cell["path"])
-    raise UnusableSample("unreadable", f"{described(dict.fromkeys(names))} is no picture")
+    raise UnusableSample("unreadable", f"{keys_in_words(dict.fromkeys(names))} is no picture")
 
 
 def picture_in_value(value: Any) -> tuple[Content | None, str]:
@@ -79,16 +79,16 @@ def picture_in_value(value: Any) -> tuple[Content | None, str]:
     if isinstance(value, Mapping):
         stored = value.get("bytes") or value.get("path")
         if not isinstance(stored, (str, bytes)):
-            raise UnusableSample("unreadable", f"{described(dict(value))} is no picture")
+            raise UnusableSample("unreadable", f"{keys_in_words(dict(value))} is no picture")
         return picture_in_value(stored)
     if isinstance(value, (list, tuple)):
-        parts = [part for part in parts_of(value) if part is not None]
+        parts = [part for part in flat_items(value) if part is not None]
         if len(parts) > 1:
             raise too_many(len(parts), not all(isinstance(part, (int, float)) for part in parts))
         return picture_in_value(parts[0]) if parts else (None, "")
     if isinstance(value, (bytes, bytearray)):
         return bytes(value), ""
-    return None, path_in("".join(texts_in(value)))
+    return None, path_in("".join(texts_in_cell(value)))
 
 
 def too_many(number: int, are_pictures: bool) -> UnusableSample:
@@ -101,7 +101,7 @@ def too_many(number: int, are_pictures: bool) -> UnusableSample:
 def picture_in_text(text: str) -> tuple[Content | None, str]:
     """Return the picture or the path that is written in a text; raises `UnusableSample` for what is neither."""
     if is_base64(text):
-        return decoded(text), ""
+        return decoded_base64(text), ""
     if text.startswith(PRINTED):
         return printed_picture(text)
     if len(text) > LONGEST_PATH:
@@ -121,7 +121,7 @@ def is_base64(text: str) -> bool:
         return False
 
 
-def decoded(text: str) -> bytes:
+def decoded_base64(text: str) -> bytes:
     """Return the bytes that stand in base64, or in a data: address; raises `UnusableSample`."""
     address = DATA_ADDRESS.match(text)
     if text.startswith("data:") and address is None:

@@ -16,14 +16,14 @@ import pyarrow
 import xxhash
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.captions import require_size, weighted
+from accel_clip.data.captions import require_caption_size, weighted
 from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.class_names import class_name
 from accel_clip.data.sources.stamps import NO_FILE, file_stamp
-from accel_clip.data.sources.tables.cells import captions_in, parts_of
+from accel_clip.data.sources.tables.cells import captions_in, flat_items
 from accel_clip.data.sources.tables.columns import Columns, class_names, of_one
 from accel_clip.data.sources.tables.delimited import ROWS_AT_ONCE
-from accel_clip.data.sources.tables.numbers import numbers_of, usual_width
+from accel_clip.data.sources.tables.numbers import numbers_of_width, usual_width
 from accel_clip.data.sources.tables.picture_cells import Content, is_text, picture_in, picture_in_value
 from accel_clip.data.sources.tables.picture_paths import find_picture
 
@@ -65,7 +65,7 @@ class TableSource:
     def key(self, index: int) -> str:
         """Return a picture's path from `root`, or a hash of its bytes: the same wherever the data lies."""
         content, path = self.found(index)
-        return path_from(self.root, path) if content is None else hash_of(memoryview(content))
+        return path_from(self.root, path) if content is None else content_key(memoryview(content))
 
     def keys(self) -> Iterator[str]:
         """Yield the key of every pair: where pictures are paths, in a fraction of the time that `key` takes."""
@@ -75,13 +75,13 @@ class TableSource:
         for batch in self.table.select([self.columns.image]).to_batches(max_chunksize=ROWS_AT_ONCE):
             for cell in batch.column(0).to_pylist():
                 content, path = without_problem(partial(picture_in_value, cell))
-                yield path_from(self.root, path) if content is None else hash_of(memoryview(content))
+                yield path_from(self.root, path) if content is None else content_key(memoryview(content))
 
     def identity(self, index: int) -> str:
         """Return the key as all sources share it: a picture's absolute path, or a hash of its bytes."""
         content, path = self.found(index)
         whole = os.path.normpath(os.path.join(self.root, path))
-        return whole if content is None else hash_of(memoryview(content))
+        return whole if content is None else content_key(memoryview(content))
 
     def stamp(self, index: int) -> int:
         """Return what tells whether a picture's file has changed; bytes have their key."""
@@ -108,7 +108,7 @@ class TableSource:
         captions, weights = weighted(texts, self.columns.weights)
         if problems and not captions:
             raise problems[0]
-        return require_size(captions), weights
+        return require_caption_size(captions), weights
 
     def label(self, index: int) -> str | None:
         """Return a row's label, or None when it has none, or none that is text."""
@@ -121,7 +121,7 @@ class TableSource:
     def extra(self, index: int) -> dict[str, numpy.ndarray]:
         """Return the numbers in a row, float32 [D] a column; raises `UnusableSample`."""
         return {
-            column: numbers_of(self.table.column(column)[int(index)], column, width)
+            column: numbers_of_width(self.table.column(column)[int(index)], column, width)
             for column, width in self.widths.items()
         }
 
@@ -130,7 +130,9 @@ class TableSource:
         value = self.table.column(column)[int(index)].as_py()
         names = self.class_names.get(column)
         try:
-            found = captions_in(value if names is None else [named(number, names) for number in parts_of(value)])
+            found = captions_in(
+                value if names is None else [class_by_number(number, names) for number in flat_items(value)]
+            )
         except UnusableSample as problem:
             raise UnusableSample(problem.reason, f"the column '{column}': {problem.detail}") from problem
         return [class_name(text) for text in found] if names is not None or column == self.columns.label else found
@@ -162,7 +164,7 @@ def without_problem(stored: Callable[[], tuple[Content | None, str]]) -> tuple[C
         return None, ""
 
 
-def named(number: Any, names: Sequence[str]) -> str | None:
+def class_by_number(number: Any, names: Sequence[str]) -> str | None:
     """Return the name of a class by its number; None where it has none, as -1 stands for no class."""
     is_number = isinstance(number, int) and not isinstance(number, bool)
     return (names[number] if 0 <= number < len(names) else None) if is_number else number
@@ -175,6 +177,6 @@ def path_from(root: str, path: str) -> str:
     return os.path.relpath(os.path.join(root, path), root).replace(os.sep, "/")
 
 
-def hash_of(content: memoryview) -> str:
+def content_key(content: memoryview) -> str:
     """Return a key for bytes, all of them: equal bytes share it, and no others do."""
     return f"bytes:{xxhash.xxh3_128_hexdigest(content)}"

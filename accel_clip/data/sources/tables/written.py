@@ -75,7 +75,7 @@ def literal_in(text: str) -> Any:
     return list(found) if is_list_of_texts else found
 
 
-def described(content: dict[Any, Any]) -> str:
+def keys_in_words(content: dict[Any, Any]) -> str:
     """Return an object in a few words, for a message: its keys, and not what stands under them."""
     names = [str(name)[:30] for name in list(content)[:MOST_KEYS_SHOWN]]
     more = ", …" if len(content) > MOST_KEYS_SHOWN else ""
