@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process_state import (
+from helpers.process_state import (
     accelerate_states,
     is_of_a_test,
     left_behind,

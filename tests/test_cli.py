@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, accel_clip, small_model, train_py, without_torch
-from patience import HANG_SECONDS
+from helpers.commands import ROOT, accel_clip, small_model, train_py, without_torch
+from helpers.patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import cli

@@ -12,8 +12,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands import small_model, train_py
-from comparison import EPSILON, assert_equal_to_rounding, rounding
+from helpers.commands import small_model, train_py
+from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nasty
 import pytest
-from commands import Finished
-from comparison import ADDITIONS_OF_A_STEP, rounding
+from helpers import nasty
+from helpers.commands import Finished
+from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
 from open_clip import SimpleTokenizer
 from test_launches import ALONE, CPU_2, SLOWLY, Folder, losses_of, status_of
 from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until

@@ -20,8 +20,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands import ROOT, run, small_model, train_py
-from patience import within
+from helpers.commands import ROOT, run, small_model, train_py
+from helpers.patience import within
 from PIL import Image
 
 from accel_clip import cli

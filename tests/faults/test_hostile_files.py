@@ -18,7 +18,7 @@ import numpy
 import pyarrow
 import pytest
 import torch
-from commands import small_model
+from helpers.commands import small_model
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 

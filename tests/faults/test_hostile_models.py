@@ -14,7 +14,7 @@ import open_clip
 import psutil
 import pytest
 import torch
-from commands import small_model, train_py
+from helpers.commands import small_model, train_py
 from open_clip.factory import get_model_config
 
 from accel_clip.config import ModelConfig

@@ -16,7 +16,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from commands import SMALL_MODEL, train_py
+from helpers.commands import SMALL_MODEL, train_py
 from PIL import Image
 
 from accel_clip import Config

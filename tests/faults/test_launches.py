@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
-from comparison import ADDITIONS_OF_A_STEP, rounding
-from patience import HANG_SECONDS
+from helpers.commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
+from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
+from helpers.patience import HANG_SECONDS
 from safetensors.torch import load_file
 
 from accel_clip.checkpoint.manifest import verify

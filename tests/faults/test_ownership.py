@@ -17,9 +17,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from commands import ROOT, accel_clip, small_model
-from kills import count_changes, killed_at, run_forked
-from patience import HANG_SECONDS
+from helpers.commands import ROOT, accel_clip, small_model
+from helpers.kills import count_changes, killed_at, run_forked
+from helpers.patience import HANG_SECONDS
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import assert_same_end, config_for, data, run_to_the_end, run_until, uninterrupted

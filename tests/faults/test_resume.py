@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands import SMALL_MODEL
-from patience import HANG_SECONDS
+from helpers.commands import SMALL_MODEL
+from helpers.patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import Config, train

@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.patience import HANG_SECONDS, within
+from helpers.web import rudely_served
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
-from patience import HANG_SECONDS, within
 from test_shards import numbered, write_tar
-from web import rudely_served
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources import connections

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import CPU_2, ROOT, losses_of, small_model
-from patience import HANG_SECONDS
+from helpers.commands import CPU_2, ROOT, losses_of, small_model
+from helpers.patience import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
 
