@@ -136,7 +136,7 @@ CHANGES: dict[str, Callable[[str], object]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_every_kind_of_setting_is_seen(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("process_state.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("helpers.process_state.PATIENCE_SECONDS", 0.01)
     before = process_state()
     with ExitStack() as stack:
         stack.enter_context(CHANGES[what](str(tmp_path)))
