@@ -9,14 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.process_state import (
-    accelerate_states,
-    is_of_a_test,
-    left_behind,
-    names_of_others,
-    process_state,
-    registries,
-)
+
+from helpers.process_state import accelerate_states, is_of_a_test, left_behind, process_state
+from helpers.registries import entries_end_here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
@@ -44,16 +39,20 @@ def nothing_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def own_plugins() -> Iterator[None]:
+def own_entries() -> Iterator[None]:
+    """End with a test what it registers."""
+    with entries_end_here():
+        yield
+
+
+@pytest.fixture
+def own_plugins(own_entries: None) -> Iterator[None]:
     """End with a test the modules that it loads from its own folder, and what they register."""
-    modules, names = set(sys.modules), {id(each): set(each.names()) for each in registries()}
+    modules = set(sys.modules)
     yield
     for name in sorted(set(sys.modules) - modules):
         if is_of_a_test(name):
             del sys.modules[name]
-    for registry in registries():
-        for name in names_of_others(registry) - names.get(id(registry), set()):
-            del registry._entries[name]
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, accel_clip, small_model, train_py, without_torch
-from helpers.patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import cli
+from helpers.commands import ROOT, accel_clip, small_model, train_py, without_torch
+from helpers.patience import HANG_SECONDS
 
 
 def small_run(folder: Path) -> list[str]:

@@ -12,8 +12,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers.commands import small_model, train_py
-from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,6 +36,8 @@ from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model
 from accel_clip.trainer import timeout_of
+from helpers.commands import small_model, train_py
+from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
 
 NUM_PAIRS = 48
 
@@ -215,17 +215,14 @@ def test_a_metric_that_is_not_logged_is_refused(table: Path) -> None:
     assert not (table.parent / "run").exists()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(table: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_run(table: Path, own_entries: None) -> None:
     @LOSSES.register("test_nan")
     def broken(image_features: torch.Tensor, text_features: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"nan_loss": (image_features * text_features).sum() * float("nan")}
 
     config = config_for(table, loss=LossConfig("test_nan"))
-    try:
-        with pytest.raises(NonFiniteError, match="step 1 is not finite: loss nan"):
-            train(config)
-    finally:
-        del LOSSES._entries["test_nan"]
+    with pytest.raises(NonFiniteError, match="step 1 is not finite: loss nan"):
+        train(config)
     status = json.loads((Path(config.output_dir) / "STATUS.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 4)
     assert not (Path(config.output_dir) / "export").exists()

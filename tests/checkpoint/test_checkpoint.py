@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
-from helpers.patience import HANG_SECONDS
 from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from accel_clip.faults import ConfigError, StorageError
 from accel_clip.files.names import DRAFT, beside
 from accel_clip.optim.optimizers import timm_names
 from accel_clip.process.accelerator import forget_previous_accelerator
+from helpers.patience import HANG_SECONDS
 
 CPU = torch.device("cpu")
 STATE = {"step": 3, "best": None, "counts": [1, 2], "caption": "一只猫", "third": 1 / 3}

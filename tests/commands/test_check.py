@@ -19,9 +19,6 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as Picture
-from helpers.commands import accel_clip, run, small_model
-from helpers.comparison import rounding
-from helpers.web import served
 from PIL import Image
 from test_shards import write_tar
 
@@ -32,6 +29,9 @@ from accel_clip.data.feed import build_feed
 from accel_clip.data.feed_parts import LoaderRank
 from accel_clip.data.pairs import open_training
 from accel_clip.models.build import build_model
+from helpers.commands import accel_clip, run, small_model
+from helpers.comparison import rounding
+from helpers.web import served
 
 KEYS = {
     "run": "output_dir goes_on device num_processes precision num_pairs num_held_out num_held_out_trained batch_size "

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import nasty
 from PIL import Image
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.faults import DataError
 from accel_clip.process.accelerator import forget_previous_accelerator
+from helpers import nasty
 
 CONTEXT, SIZE = 77, 32
 MAX_PIXELS = 50e6

@@ -13,8 +13,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers.commands import CPU_2, launch, small_model
-from helpers.stand_ins import NoNumberAtFifth
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -38,7 +36,8 @@ from accel_clip.data.order import Order
 from accel_clip.data.sources.base import Pair
 from accel_clip.faults import NonFiniteError
 from accel_clip.losses.base import LOSSES
-from accel_clip.registry import Entry
+from helpers.commands import CPU_2, launch, small_model
+from helpers.stand_ins import NoNumberAtFifth
 
 CONTEXT, NUM_PAIRS, BATCH = 32, 40, 8  # five batches an epoch
 NUM_WORDS = [5 + 7 * (number % 6) for number in range(NUM_PAIRS)]  # 5, 12, 19, 26, 33, 40; with two ends 32 fit
@@ -238,7 +237,8 @@ def test_nothing_is_said_where_no_caption_is_cut(
     assert {cut for _, cut in counts_of(config)} == {0}
 
 
-def test_the_count_goes_on_where_a_run_was_stopped(table: Path, tmp_path: Path) -> None:
+def test_the_count_goes_on_where_a_run_was_stopped(table: Path, tmp_path: Path, own_entries: None) -> None:
+    @LOSSES.register("test_stops")
     class Stops:
         calls = 0
 
@@ -247,26 +247,21 @@ def test_the_count_goes_on_where_a_run_was_stopped(table: Path, tmp_path: Path) 
             loss = -(image_features * text_features).sum(dim=-1).mean()
             return loss * math.nan if Stops.calls == 8 else loss  # the first one is a trial
 
-    LOSSES._entries["test_stops"] = Entry("test_stops", Stops, (), "")
-    try:
-        config = config_for(table, tmp_path / "run", loss=LossConfig("test_stops"))
-        config = replace(config, checkpoint=CheckpointConfig(every=4))
-        with pytest.raises(NonFiniteError, match="step 7 is not finite"):
-            train(config)
+    config = config_for(table, tmp_path / "run", loss=LossConfig("test_stops"))
+    config = replace(config, checkpoint=CheckpointConfig(every=4))
+    with pytest.raises(NonFiniteError, match="step 7 is not finite"):
         train(config)
-    finally:
-        del LOSSES._entries["test_stops"]
+    train(config)
     assert counts_of(config) == list(enumerate(counted_by_hand(11), start=1))
 
 
-def test_the_count_goes_on_past_the_batches_that_a_rollback_leaves(table: Path, tmp_path: Path) -> None:
-    LOSSES._entries["test_nan_once"] = Entry("test_nan_once", NoNumberAtFifth, (), "")
-    try:
-        config = config_for(table, tmp_path / "run", loss=LossConfig("test_nan_once"))
-        config = replace(config, train=replace(config.train, non_finite="rollback"))
-        train(replace(config, checkpoint=CheckpointConfig(every=2)))
-    finally:
-        del LOSSES._entries["test_nan_once"]
+def test_the_count_goes_on_past_the_batches_that_a_rollback_leaves(
+    table: Path, tmp_path: Path, own_entries: None
+) -> None:
+    LOSSES.register("test_nan_once")(NoNumberAtFifth)
+    config = config_for(table, tmp_path / "run", loss=LossConfig("test_nan_once"))
+    config = replace(config, train=replace(config.train, non_finite="rollback"))
+    train(replace(config, checkpoint=CheckpointConfig(every=2)))
     expected, batches = counted_by_hand(13), [1, 2, *range(5, 14)]
     assert counts_of(config) == [(k, expected[k - 1]) for k in batches]
 

@@ -19,10 +19,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers.commands import CPU_2, launch, small_model
-from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
-from helpers.patience import HANG_SECONDS
-from helpers.stand_ins import NoNumberAtFifth
 from PIL import Image
 
 from accel_clip import Config, cli, train
@@ -49,7 +45,10 @@ from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.combine import Concatenated, count_by_source, source_names
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES
-from accel_clip.registry import Entry
+from helpers.commands import CPU_2, launch, small_model
+from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
+from helpers.patience import HANG_SECONDS
+from helpers.stand_ins import NoNumberAtFifth
 
 forked = multiprocessing.get_context("fork")
 
@@ -476,8 +475,8 @@ def test_sources_without_weights_are_counted_too_and_accumulated_batches_add_up(
     assert [every for *_, every in counts] == [16 * step for step in range(1, 7)]
 
 
-def test_counts_go_on_past_the_batches_that_a_rollback_leaves(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOSSES._entries, "no number", Entry("no number", NoNumberAtFifth, (), ""))
+def test_counts_go_on_past_the_batches_that_a_rollback_leaves(tables: Path, own_entries: None) -> None:
+    LOSSES.register("no number")(NoNumberAtFifth)
     settings = TrainConfig(batch_size=8, steps=6, threads=1, non_finite="rollback")
     config = config_for(tables, "run", train=settings, loss=LossConfig("no number"))
     train(config)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.commands import small_model, train_py
 
 from accel_clip.faults import recognise
+from helpers.commands import small_model, train_py
 
 STARTED_ANEW = """
 import multiprocessing

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import ROOT, run, small_model
-from helpers.patience import within
 from torch.utils.data import Dataset
 
 from accel_clip.data.workers import Workers, share_memory_of
 from accel_clip.faults import WorkerKilled
 from accel_clip.process.signals import StopAsked
+from helpers.commands import ROOT, run, small_model
+from helpers.patience import within
 
 
 class Numbers(Dataset[torch.Tensor]):

@@ -21,9 +21,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
-from helpers.commands import ROOT
-from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, assert_equal_to_rounding, in_float64, rounding
-from helpers.patience import HANG_SECONDS
 from open_clip.loss import SigLipLoss
 from PIL import Image
 from torch import Tensor
@@ -44,6 +41,9 @@ from accel_clip.models.build import ClipModel
 from accel_clip.process.accelerator import forget_previous_accelerator
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
+from helpers.commands import ROOT
+from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, assert_equal_to_rounding, in_float64, rounding
+from helpers.patience import HANG_SECONDS
 
 NAME = "evaluation-tiny"
 TINY = {

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import nasty
-from helpers.commands import Finished
-from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
 from open_clip import SimpleTokenizer
 from test_launches import ALONE, CPU_2, SLOWLY, Folder, losses_of, status_of
 from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
@@ -29,6 +26,9 @@ from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.data.sources.shards.local import TarShards
+from helpers import nasty
+from helpers.commands import Finished
+from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
 
 BATCH, NUM_SHARDS, SAMPLES_A_SHARD = 12, 6, 20
 

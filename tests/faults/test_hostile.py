@@ -20,8 +20,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers.commands import ROOT, run, small_model, train_py
-from helpers.patience import within
 from PIL import Image
 
 from accel_clip import cli
@@ -39,6 +37,8 @@ from accel_clip.models.build import build_model, tensors_alone
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.redaction import masked, printable, refuse_credentials
 from accel_clip.run.folder import RunFolder
+from helpers.commands import ROOT, run, small_model, train_py
+from helpers.patience import within
 
 PACKAGE = ROOT / "accel_clip"
 TOKEN = "hf_CANARYcanaryCANARYcanaryCANARYcanary"

@@ -14,7 +14,6 @@ import open_clip
 import psutil
 import pytest
 import torch
-from helpers.commands import small_model, train_py
 from open_clip.factory import get_model_config
 
 from accel_clip.config import ModelConfig
@@ -23,6 +22,7 @@ from accel_clip.models.build import build_model, read_config, registered_name
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.foreign_code import without_foreign_code
 from accel_clip.models.size import size_of
+from helpers.commands import small_model, train_py
 
 BERT = {
     "model_type": "bert",

@@ -16,7 +16,6 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.commands import SMALL_MODEL, train_py
 from PIL import Image
 
 from accel_clip import Config
@@ -27,8 +26,8 @@ from accel_clip.data.sources import rows
 from accel_clip.data.sources.base import SOURCES, Pair
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.faults import ConfigError
-from accel_clip.registry import Entry
 from accel_clip.run.inputs import Inputs
+from helpers.commands import SMALL_MODEL, train_py
 
 NUM_PAIRS = 12
 
@@ -269,7 +268,8 @@ def test_the_second_of_several_sources_is_named(tmp_path: Path) -> None:
         inputs_of(Config(data=data)).require_same_as_in(checkpoint)
 
 
-def test_a_source_of_ones_own_that_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_of_ones_own_that_reads_a_file(tmp_path: Path, own_entries: None) -> None:
+    @SOURCES.register("own")
     class Own:
         name = "own"
 
@@ -286,7 +286,6 @@ def test_a_source_of_ones_own_that_reads_a_file(tmp_path: Path, monkeypatch: pyt
         def key(self, index: int) -> str:
             return f"{index:02d}.bmp"
 
-    monkeypatch.setitem(SOURCES._entries, "own", Entry("own", Own, (), ""))
     write_pictures(tmp_path)
     listed = tmp_path / "listed.txt"
     listed.write_text("\n".join(captions()))

@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow.csv  # noqa: F401  (once, and not in every process that is killed)
 import pytest
 import torch
-from helpers.kills import count_changes, killed_at, run_forked
 from test_resume import assert_same_end, config_for, data, ends_of
 
 from accel_clip import Config, train
 from accel_clip.config import CheckpointConfig, EvalConfig, StopConfig, TrackConfig
+from helpers.kills import count_changes, killed_at, run_forked
 
 __all__ = ["data"]
 NUM_STEPS = 5

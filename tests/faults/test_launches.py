@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers.commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
-from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
-from helpers.patience import HANG_SECONDS
 from safetensors.torch import load_file
 
 from accel_clip.checkpoint.manifest import verify
+from helpers.commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
+from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
+from helpers.patience import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
 

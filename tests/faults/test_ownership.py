@@ -17,9 +17,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from helpers.commands import ROOT, accel_clip, small_model
-from helpers.kills import count_changes, killed_at, run_forked
-from helpers.patience import HANG_SECONDS
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import assert_same_end, config_for, data, run_to_the_end, run_until, uninterrupted
@@ -32,6 +29,9 @@ from accel_clip.config import CheckpointConfig, StopConfig
 from accel_clip.faults import ConfigError
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.preconditions import prepare
+from helpers.commands import ROOT, accel_clip, small_model
+from helpers.kills import count_changes, killed_at, run_forked
+from helpers.patience import HANG_SECONDS
 
 __all__ = ["data", "uninterrupted"]
 

@@ -14,8 +14,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers.commands import SMALL_MODEL
-from helpers.patience import HANG_SECONDS
 from PIL import Image
 
 from accel_clip import Config, train
@@ -32,7 +30,8 @@ from accel_clip.config import (
 )
 from accel_clip.faults import ConfigError, NonFiniteError
 from accel_clip.losses.base import LOSSES
-from accel_clip.registry import Entry
+from helpers.commands import SMALL_MODEL
+from helpers.patience import HANG_SECONDS
 
 NUM_PAIRS, BATCH = 48, 8  # 36 or so to train on: four batches an epoch
 NUM_STEPS = 14
@@ -270,9 +269,8 @@ class NoNumberAt:
 
 
 @pytest.fixture(autouse=True)
-def loss_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Entry("no number at", NoNumberAt, (), "")
-    monkeypatch.setitem(LOSSES._entries, entry.name, entry)
+def loss_without_numbers(own_entries: None) -> None:
+    LOSSES.register("no number at")(NoNumberAt)
 
 
 def config_without_numbers(data: Path, output: Path, policy: str, steps: list[int], limit: int = 2) -> Config:

@@ -15,8 +15,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.patience import HANG_SECONDS, within
-from helpers.web import rudely_served
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from test_shards import numbered, write_tar
@@ -33,6 +31,8 @@ from accel_clip.data.sources.shards import tar_headers
 from accel_clip.data.sources.shards.remote import open_remote_shards
 from accel_clip.faults import AccelClipError, ConfigError, DataError
 from accel_clip.process.signals import Interruptible
+from helpers.patience import HANG_SECONDS, within
+from helpers.web import rudely_served
 
 OK = b"HTTP/1.1 200 OK\r\n"
 PLAIN = OK + b"\r\n"

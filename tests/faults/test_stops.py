@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from helpers.commands import CPU_2, ROOT, losses_of, small_model
 from helpers.patience import HANG_SECONDS
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Image
-from helpers import nasty
-from helpers.web import Behaviour, served
 from test_data import write_wild_shards
 from test_launches import CPU_2, NUM_STEPS, Folder, export_of, losses_of, status_of
 from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
 
 from accel_clip import Config, cli, train
 from accel_clip.config import DataConfig
+from helpers import nasty
+from helpers.web import Behaviour, served
 
 pytestmark = pytest.mark.slow
 PATTERN = "{shard-0,shard-1,shard-2,shard-wild}.tar"

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.kills import fork, killed_at, run_forked
 
 from accel_clip.faults import ConfigError
 from accel_clip.files.lock import LOCK, FolderLock, held_error, is_held
@@ -25,6 +24,7 @@ from accel_clip.files.marked import (
 )
 from accel_clip.files.names import CONDEMNED, DRAFT, REPLACED, beside, unfinished
 from accel_clip.files.whole import cut, write_text
+from helpers.kills import fork, killed_at, run_forked
 
 KIND = "export"
 

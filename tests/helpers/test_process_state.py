@@ -21,6 +21,7 @@ from PIL import Image
 from accel_clip.losses.base import LOSSES
 from helpers.commands import run
 from helpers.process_state import left_behind, process_state
+from helpers.registries import entries_end_here
 
 LOGGER = logging.getLogger(__name__)
 TESTS = """
@@ -94,6 +95,13 @@ def own_loss() -> None:
     """Stand for a loss of the user."""
 
 
+@contextmanager
+def registered(name: str, loss: Callable[..., object]) -> Iterator[None]:
+    with entries_end_here():
+        LOSSES.register(name)(loss)
+        yield
+
+
 CHANGES: dict[str, Callable[[str], object]] = {
     "torch: threads": lambda _: called(torch.set_num_threads, torch.get_num_threads() + 1, torch.get_num_threads()),
     "cuda.matmul": lambda _: changed(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
@@ -115,9 +123,7 @@ CHANGES: dict[str, Callable[[str], object]] = {
     ),
     "tiny numbers are flushed": lambda _: called(torch.set_flush_denormal, True, False),
     "AcceleratorState": lambda _: entry(accelerate.state.AcceleratorState._shared_state, "_mixed_precision", "bf16"),
-    "registry: names loss.name": lambda _: entry(
-        LOSSES._entries, "own", types.SimpleNamespace(name="own", target=own_loss)
-    ),
+    "registry: names loss.name": lambda _: registered("own", own_loss),
     "modules: my_plugin": lambda folder: entry(sys.modules, "my_plugin", plugin(folder)),
     "environment LEFT": lambda _: entry(os.environ, "LEFT", "1"),
     "folder": lambda folder: called(os.chdir, folder, os.getcwd()),

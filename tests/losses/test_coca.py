@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.comparison import assert_equal_to_rounding, in_float64
 from open_clip.loss import CoCaLoss
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from accel_clip.models.freezing import freeze_unused
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.step.chunks import Plan
 from accel_clip.step.contrastive import ContrastiveStep
+from helpers.comparison import assert_equal_to_rounding, in_float64
 
 CAPTIONS = ["a frog", "a very long caption of a red bird on a branch", "two cats", "a frog", "one white peahen"]
 COCA = {

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import open_clip
 import pytest
 import torch
-from helpers.emulation import on_all
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from accel_clip.losses.gradient import (
     scalars_surrogate,
     warn_of_dense_logits,
 )
+from helpers.emulation import on_all
 
 
 def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -167,22 +167,18 @@ def test_other_spellings_are_accepted(name: str) -> None:
     assert build_loss(LossConfig(name)).requires_bias() == name.startswith("Sig")
 
 
-def test_functions_get_their_options_bound_and_classes_are_built_with_them() -> None:
+def test_functions_get_their_options_bound_and_classes_are_built_with_them(own_entries: None) -> None:
     @LOSSES.register("test_margin")
     def margin(image_features: Tensor, text_features: Tensor, margin: float = 0.1) -> dict[str, Tensor]:
         gap = margin - (image_features * text_features).sum(1)
         return {"margin_loss": gap.relu().mean(), "similarity": -gap.detach().mean()}
 
     LOSSES.register("test_theirs")(open_clip.ClipLoss)
-    try:
-        terms = build_loss(LossConfig("test_margin", {"margin": 3.0}))(outputs(4))
-        assert total(terms) == terms["margin_loss"] and terms["margin_loss"] > 2
-        assert build_loss(LossConfig("test_theirs", {"cache_labels": True})).function.cache_labels is True
-        with pytest.raises(ConfigError, match=r"loss\.options: the loss 'test_margin' has no option 'margn'"):
-            build_loss(LossConfig("test_margin", {"margn": 1}))
-    finally:
-        for name in ("test_margin", "test_theirs"):
-            del LOSSES._entries[name]
+    terms = build_loss(LossConfig("test_margin", {"margin": 3.0}))(outputs(4))
+    assert total(terms) == terms["margin_loss"] and terms["margin_loss"] > 2
+    assert build_loss(LossConfig("test_theirs", {"cache_labels": True})).function.cache_labels is True
+    with pytest.raises(ConfigError, match=r"loss\.options: the loss 'test_margin' has no option 'margn'"):
+        build_loss(LossConfig("test_margin", {"margn": 1}))
 
 
 def test_a_loss_without_a_loss_term_is_refused() -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from helpers.comparison import rounding
-from helpers.emulation import Process, on_all
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +24,8 @@ from accel_clip.losses.tiles import (
     tiled_clip_loss,
     tiled_siglip_loss,
 )
+from helpers.comparison import rounding
+from helpers.emulation import Process, on_all
 
 FIELDS = ("loss", "by_image_features", "by_text_features", "by_logit_scale", "by_logit_bias")
 

@@ -10,8 +10,6 @@ import numpy
 import open_clip
 import pytest
 import torch
-from helpers.commands import small_model
-from helpers.comparison import assert_equal_to_rounding, in_float64, rounding
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,6 +21,8 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import TrainingModel, clamp_logit_scale
+from helpers.commands import small_model
+from helpers.comparison import assert_equal_to_rounding, in_float64, rounding
 
 CASES = {
     "json": {},

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.comparison import assert_equal_to_rounding
 from open_clip import CLIP, CoCa, CustomTextCLIP, SimpleTokenizer
 from open_clip.transformer import PatchDropout
 from timm.layers import DropPath
@@ -26,6 +25,7 @@ from accel_clip.models.towers import (
     trimmed,
     unique_captions,
 )
+from helpers.comparison import assert_equal_to_rounding
 
 CONTEXT, END = 24, 49407
 TOKENIZER = SimpleTokenizer(context_length=CONTEXT)

@@ -11,7 +11,6 @@ import numpy
 import open_clip
 import pytest
 import torch
-from helpers.commands import SMALL_MODEL, small_model, train_py
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.torch_script import read_torch_script
+from helpers.commands import SMALL_MODEL, small_model, train_py
 
 State = dict[str, Tensor]
 

@@ -9,7 +9,6 @@ import pytest
 import timm.optim
 import torch
 from accelerate import Accelerator
-from helpers.comparison import EPSILON, assert_equal_to_rounding
 from torch import nn
 
 from accel_clip.config import OptimConfig
@@ -23,6 +22,7 @@ from accel_clip.optim.optimizers import (
     parameter_groups,
     set_learning_rate,
 )
+from helpers.comparison import EPSILON, assert_equal_to_rounding
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
@@ -47,13 +47,6 @@ MODELS = {
     "CustomTextCLIP": lambda: open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT),
     "CoCa": coca,
 }
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """The registry with what a test registers taken out again."""
-    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS._entries))
-    return OPTIMIZERS
 
 
 def build(config: OptimConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -258,8 +251,8 @@ def test_rates_survive_preparing_saving_and_loading():
 # A user's own
 
 
-def test_a_torch_class_works_as_it_stands(registry):
-    registry.register("theirs")(torch.optim.NAdam)
+def test_a_torch_class_works_as_it_stands(own_entries):
+    OPTIMIZERS.register("theirs")(torch.optim.NAdam)
     weights = {"w": nn.Parameter(torch.ones(2, 2)), "b": nn.Parameter(torch.ones(2))}
     optimizer = build(OptimConfig(name="theirs", lr=0.3, options={"momentum_decay": 0.1}), weights)
     assert type(optimizer) is torch.optim.NAdam
@@ -269,16 +262,16 @@ def test_a_torch_class_works_as_it_stands(registry):
     ]
 
 
-def test_a_class_without_weight_decay_asks_for_none(registry):
-    registry.register("theirs")(torch.optim.Rprop)
+def test_a_class_without_weight_decay_asks_for_none(own_entries):
+    OPTIMIZERS.register("theirs")(torch.optim.Rprop)
     weights = {"w": nn.Parameter(torch.ones(2, 2))}
     assert type(build(OptimConfig(name="theirs", weight_decay=0), weights)) is torch.optim.Rprop
     with pytest.raises(ConfigError, match=r"optim\.weight_decay.*theirs.*set it to 0"):
         build(OptimConfig(name="theirs"), weights)
 
 
-def test_an_optimizer_that_makes_its_own_groups_still_follows_the_schedule(registry):
-    @registry.register("splits")
+def test_an_optimizer_that_makes_its_own_groups_still_follows_the_schedule(own_entries):
+    @OPTIMIZERS.register("splits")
     def splits(parameter_groups, lr, weight_decay, **options):
         """One group a parameter, keeping the rate alone."""
         groups = [{"params": [p], "lr": group["lr"]} for group in parameter_groups for p in group["params"]]

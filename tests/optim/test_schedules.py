@@ -141,9 +141,7 @@ def test_names_and_options_are_checked_before_the_length_is_known():
         check_schedule(OptimConfig(schedule="cosine_restarts"))
 
 
-def test_a_users_schedule_is_one_decorated_function(monkeypatch):
-    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
-
+def test_a_users_schedule_is_one_decorated_function(own_entries):
     @SCHEDULES.register("inverse_root")
     def inverse_root(step: int, num_steps: int, min_ratio: float, **options: float) -> float:
         """One over the square root of time."""

@@ -10,12 +10,12 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from helpers.commands import accel_clip, launch, small_model, train_py
 
 from accel_clip.config import TrainConfig
 from accel_clip.faults import ConfigError
 from accel_clip.process.accelerator import build_accelerator, process_as_found
 from accel_clip.process.environment import check_environment
+from helpers.commands import accel_clip, launch, small_model, train_py
 
 READERS = ("getenv", "parse_flag_from_env", "parse_choice_from_env", "get_int_from_env")
 OF_MAPPINGS = ("get", "pop", "setdefault")

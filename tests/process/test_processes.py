@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import CPU_2, launch, small_model, train_py
-from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, rounding
 from safetensors.torch import load_file, save_file
 
 from accel_clip.config import ModelConfig
 from accel_clip.models.build import build_model
 from accel_clip.process.accelerator import choose_precision
 from accel_clip.randomness import derive_seed
+from helpers.commands import CPU_2, launch, small_model, train_py
+from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, rounding
 
 PLUGIN = '''
 import open_clip

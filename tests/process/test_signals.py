@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT
-from helpers.patience import HANG_SECONDS
 
 from accel_clip.process.signals import StopAsked, StopSignals, following_launcher, has_launcher
+from helpers.commands import ROOT
+from helpers.patience import HANG_SECONDS
 
 RUNS_STEPS = """
 import sys, time
@@ -377,6 +377,7 @@ def test_a_killed_data_worker_is_told_in_one_line(name: str, part: str) -> None:
 def test_a_worker_killed_in_a_run_is_told_in_one_line(tmp_path: Path) -> None:
     """The error comes up wherever the training is at that moment, seldom where it waits for data."""
     import psutil
+
     from helpers.commands import small_model
 
     model = ["--model.name", small_model(tmp_path), "--train.batch_size", "16", "--train.steps", "100000"]

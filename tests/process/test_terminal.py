@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, losses_of, small_model
-from helpers.patience import HANG_SECONDS
 
 from accel_clip.process.terminal import lasting_output
+from helpers.commands import ROOT, losses_of, small_model
+from helpers.patience import HANG_SECONDS
 
 SAYS = """
 import logging, sys, warnings

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.commands import ROOT, run
-from helpers.patience import HANG_SECONDS
 
 from accel_clip.faults import PeerEnded, recognise
 from accel_clip.process.accelerator import stay_on_this_machine
 from accel_clip.process.watchdog import LONG_SECONDS, Watchdog, long_patience
+from helpers.commands import ROOT, run
+from helpers.patience import HANG_SECONDS
 
 TWO_PROCESSES = """
 import os, signal, sys, time

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.comparison import rounding
 from torch.nn.functional import normalize
 
 from accel_clip.config import Config, ModelConfig, OptimConfig
 from accel_clip.evaluation.evaluator import mean_cosine
 from accel_clip.run.health import ChanceWatch, WaitWatch, describe_non_finite, is_finite, rate_warning, warn_of_collapse
+from helpers.comparison import rounding
 
 
 def test_a_loss_that_stays_at_chance_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

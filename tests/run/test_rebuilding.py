@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import SMALL_MODEL, accel_clip, losses_of, run, small_model, train_py
 from safetensors.torch import save_file
 from test_processes import small_coca
 
@@ -22,6 +21,7 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.tower_files import placed
 from accel_clip.run.rebuilding import build_for_run, prove_export
+from helpers.commands import SMALL_MODEL, accel_clip, losses_of, run, small_model, train_py
 
 LOADED = """
 import sys, json, torch, open_clip

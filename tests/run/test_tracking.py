@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
-from helpers.commands import CPU_2, launch, losses_of, small_model
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from accel_clip import Config, train
@@ -20,6 +19,7 @@ from accel_clip.config import DataConfig, EvalConfig, ModelConfig, TrackConfig, 
 from accel_clip.faults import StorageError
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.tracking import Tracking
+from helpers.commands import CPU_2, launch, losses_of, small_model
 
 FAKE_WANDB = r"""
 import os

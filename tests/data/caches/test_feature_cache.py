@@ -13,8 +13,6 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
-from helpers.comparison import ADDITIONS_OF_A_STEP, assert_equal_to_rounding, rounding
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -40,6 +38,8 @@ from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
+from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
+from helpers.comparison import ADDITIONS_OF_A_STEP, assert_equal_to_rounding, rounding
 
 NUM_PICTURES, NUM_PAIRS, BROKEN = 18, 21, 5
 DATA = DataConfig(caption_key=["caption", "title"], val_fraction=0, augmentation="none", workers=0)

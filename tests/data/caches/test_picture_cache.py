@@ -17,7 +17,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
 from PIL import Image
 
 from accel_clip import Config, train
@@ -41,7 +40,7 @@ from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
-from accel_clip.registry import Entry
+from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
 
 NUM_REPEATED = 3
 PROGRAM_ARGUMENTS = ("train.py", "")
@@ -501,8 +500,13 @@ def test_pictures_in_a_shard_that_was_written_anew(table: Path, model: ClipModel
 
 
 def test_pictures_of_a_source_of_ones_own(
-    table: Path, model: ClipModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    table: Path,
+    model: ClipModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own_entries: None,
 ) -> None:
+    @SOURCES.register("own")
     class Own:
         name = "own"
 
@@ -518,7 +522,6 @@ def test_pictures_of_a_source_of_ones_own(
         def key(self, index: int) -> str:
             return self.files[index].name
 
-    monkeypatch.setitem(SOURCES._entries, "own", Entry("own", Own, (), ""))
     config = config_for(table)
     config = replace(config, data=replace(config.data, train=[f"own:{table.parent}"], caption_key=None))
     cache_of(model, config, table.parent)

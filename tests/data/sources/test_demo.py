@@ -11,13 +11,13 @@ import sys
 
 import numpy
 import pytest
-from helpers.commands import ROOT
 
 from accel_clip.config import DataConfig, ModelConfig, SourceConfig
 from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.demo import DemoSource, open_demo
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
+from helpers.commands import ROOT
 
 HUES = {"red": 0, "orange": 28, "yellow": 54, "green": 125, "cyan": 182, "blue": 225, "purple": 278, "pink": 328}
 BRIGHTNESS = {"white": (225, 255), "grey": (115, 155), "brown": (45, 80), "black": (0, 35)}

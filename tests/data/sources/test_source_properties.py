@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from helpers.web import served
 from hypothesis import strategies as st
 from PIL import Image
 from test_table_properties import check, picture, quick_and_slow
@@ -33,6 +32,7 @@ from accel_clip.data.sources.folders.caption_files import CaptionFiles
 from accel_clip.data.sources.resolve import open_item, open_source
 from accel_clip.data.sources.shards.local import TarShards
 from accel_clip.data.sources.shards.remote import RemoteShards
+from helpers.web import served
 
 Outcome = tuple[bytes, tuple[str, ...]] | None
 """pixels and captions; None for what is counted"""

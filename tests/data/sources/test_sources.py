@@ -785,8 +785,7 @@ def test_registered_names_win_over_paths_and_unregistered_prefixes_are_paths(tmp
     assert locate("demo").kind == "registered"
 
 
-def test_registered_sources_get_the_argument_and_complete_settings(monkeypatch):
-    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
+def test_registered_sources_get_the_argument_and_complete_settings(own_entries):
     asked = []
 
     @SOURCES.register("mine", "own")

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from helpers import nasty
-from helpers.web import NEVER, Behaviour, served
 from pyarrow import parquet
 from test_shards import FORMATS, numbered, one_sample, write_random, write_tar
 
@@ -35,6 +33,8 @@ from accel_clip.data.sources.shards import remote as remote_shards
 from accel_clip.data.sources.shards.names import find_addresses
 from accel_clip.data.sources.shards.remote import RemoteShards, open_remote_shards
 from accel_clip.faults import ConfigError, DataError
+from helpers import nasty
+from helpers.web import NEVER, Behaviour, served
 
 AT_ONCE = Patience(waits_seconds=(0.0,) * 4)
 

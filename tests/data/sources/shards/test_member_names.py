@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers.web import served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import opened, write_tar
@@ -19,6 +18,7 @@ from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.sources.resolve import open_item
 from accel_clip.data.sources.shards.member_names import stem_and_ending, words_of_endings
 from accel_clip.faults import ConfigError, DataError
+from helpers.web import served
 
 Members = dict[str, bytes]
 DOTTED = (
