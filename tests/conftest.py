@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +63,19 @@ def own_accelerator(nothing_is_left: None) -> Iterator[None]:
     for name, shared in accelerate_states().items():
         shared.clear()
         shared.update(before.get(name, {}))
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Return a function that runs `train.py` in this process, in a folder of its own: exit code and what it said."""
+    from accel_clip import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", "run", *words])
+        return cli.train_main(), capsys.readouterr().err
+
+    return call

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from accel_clip import cli
-from helpers.commands import ROOT, accel_clip, small_model, train_py, without_torch
+from helpers.commands import ROOT, accel_clip, train_py, without_torch
+from helpers.models import small_model
 from helpers.patience import HANG_SECONDS
 
 

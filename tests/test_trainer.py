@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -36,8 +34,11 @@ from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model
 from accel_clip.trainer import timeout_of
-from helpers.commands import small_model, train_py
+from helpers.commands import train_py
 from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
+from helpers.models import small_model
+from helpers.pictures import write_coloured_pictures
+from helpers.runs import points_of, short_config
 
 NUM_PAIRS = 48
 
@@ -45,35 +46,19 @@ NUM_PAIRS = 48
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """Write 48 small pictures with captions that name their colour, the last six in Chinese."""
-    generator = numpy.random.default_rng(0)
-    rows = ["image,caption"]
-    for number in range(NUM_PAIRS):
-        colour = generator.integers(0, 255, 3)
-        noise = generator.integers(0, 40, (40, 36, 3))
-        pixels = numpy.clip(colour + noise, 0, 255).astype(numpy.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-        caption = f"picture {number} of colour {colour[0]}" if number < 42 else f"第{number}张图"
-        rows.append(f"{number}.png,{caption}")
-    (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    rows = write_coloured_pictures(tmp_path, NUM_PAIRS)
+    rows[42:] = [f"{number}.png,第{number}张图" for number in range(42, NUM_PAIRS)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
     return tmp_path / "pairs.csv"
 
 
 def config_for(table: Path, output: str = "run", **sections: Any) -> Config:
     """Return settings of a run of four steps of 8 pairs by plain SGD."""
-    config = Config(
-        output_dir=str(table.parent / output),
-        data=DataConfig(train=[str(table)], val_fraction=0.25, workers=0),
-        model=ModelConfig(small_model(table.parent)),
-        optim=OptimConfig(name="sgd", lr=0.1, options={"momentum": 0.0}, weight_decay=0, grad_clip=None, warmup=0),
-        train=TrainConfig(batch_size=8, steps=4, threads=1),
-        eval=EvalConfig(every=100),
-        track=TrackConfig(to=[], every=1),
-    )
-    return replace(config, **sections)
-
-
-def points_of(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    usual = {
+        "data": DataConfig(train=[str(table)], val_fraction=0.25, workers=0),
+        "optim": OptimConfig(name="sgd", lr=0.1, options={"momentum": 0.0}, weight_decay=0, grad_clip=None, warmup=0),
+    }
+    return short_config(table.parent / output, "", small_model(table.parent), 4, **{**usual, **sections})
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:

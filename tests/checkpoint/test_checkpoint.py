@@ -40,6 +40,7 @@ from accel_clip.files.names import DRAFT, beside
 from accel_clip.optim.optimizers import timm_names
 from accel_clip.process.accelerator import forget_previous_accelerator
 from helpers.patience import HANG_SECONDS
+from helpers.stand_ins import Payload
 
 CPU = torch.device("cpu")
 STATE = {"step": 3, "best": None, "counts": [1, 2], "caption": "一只猫", "third": 1 / 3}
@@ -569,16 +570,6 @@ def test_the_room_a_checkpoint_needs_is_known_beforehand(tmp_path: Path) -> None
 
 
 # --- nothing is unpickled
-
-
-class Payload:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
 
 
 def refuse(*_: Any, **__: Any) -> None:

@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 from datasets import Image as Picture
 from PIL import Image
-from test_shards import write_tar
 
 from accel_clip import cli
 from accel_clip.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -29,8 +28,10 @@ from accel_clip.data.feed import build_feed
 from accel_clip.data.feed_parts import LoaderRank
 from accel_clip.data.pairs import open_training
 from accel_clip.models.build import build_model
-from helpers.commands import accel_clip, run, small_model
+from helpers.commands import accel_clip, run
 from helpers.comparison import rounding
+from helpers.models import small_model
+from helpers.shards import write_tar
 from helpers.web import served
 
 KEYS = {

@@ -35,6 +35,7 @@ from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.faults import DataError
 from accel_clip.process.accelerator import forget_previous_accelerator
 from helpers import nasty
+from helpers.pictures import encoded, noise
 
 CONTEXT, SIZE = 77, 32
 MAX_PIXELS = 50e6
@@ -45,8 +46,7 @@ CONTRACT = {  # of bad_samples.jsonl
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_reader, "WAITS_SECONDS", ())
 
 
@@ -278,7 +278,7 @@ def test_captions_above_the_limit_never_reach_a_tokenizer(caption, usable):
 
 def test_caption_files_that_cannot_be_read_do_not_keep_a_folder_from_opening(tmp_path):
     for name in ("a", "b", "c"):
-        (tmp_path / f"{name}.png").write_bytes(nasty.encoded(nasty.noise()))
+        (tmp_path / f"{name}.png").write_bytes(encoded(noise()))
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "b.txt").symlink_to("nothing.txt")
     (tmp_path / "c.txt").write_bytes(b"\xe9" * 200_000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -21,13 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from accel_clip import Config, train
 from accel_clip.config import (
     CheckpointConfig,
-    DataConfig,
-    EvalConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
-    TrackConfig,
-    TrainConfig,
 )
 from accel_clip.data.batch import joined_batch
 from accel_clip.data.captions import choose_caption, is_caption_cut
@@ -36,7 +30,9 @@ from accel_clip.data.order import Order
 from accel_clip.data.sources.base import Pair
 from accel_clip.faults import NonFiniteError
 from accel_clip.losses.base import LOSSES
-from helpers.commands import CPU_2, launch, small_model
+from helpers.commands import CPU_2, launch
+from helpers.models import small_model
+from helpers.runs import points_of, short_config
 from helpers.stand_ins import NoNumberAtFifth
 
 CONTEXT, NUM_PAIRS, BATCH = 32, 40, 8  # five batches an epoch
@@ -182,17 +178,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(table: Path, output: Path, **sections: Any) -> Config:
     """Return settings of a run of eleven steps of 8 pairs, one epoch each five."""
-    config = Config(
-        output_dir=str(output),
-        seed=3,
-        data=DataConfig(train=[str(table)], val_fraction=0, workers=0),
-        model=ModelConfig(str(table.with_name("small.json"))),
-        optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(batch_size=BATCH, steps=11, threads=1),
-        eval=EvalConfig(every=100),
-        track=TrackConfig(to=[], every=1),
-    )
-    return replace(config, **sections)
+    model = str(table.with_name("small.json"))
+    return short_config(output, str(table), model, 11, **{"seed": 3, "optim": OptimConfig(lr=1e-3), **sections})
 
 
 def counted_by_hand(num_batches: int) -> list[int]:
@@ -203,9 +190,7 @@ def counted_by_hand(num_batches: int) -> list[int]:
 
 
 def counts_of(config: Config) -> list[tuple[int, int]]:
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    points = [json.loads(line) for line in lines]
-    return [(point["samples"] // BATCH, point["cut_captions"]) for point in points if "loss" in point]
+    return [(point["samples"] // BATCH, point["cut_captions"]) for point in points_of(config) if "loss" in point]
 
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (2, 0)])

@@ -6,7 +6,6 @@ import json
 from itertools import islice
 
 import pytest
-from test_stream_loader import Shards, picture, tokens
 
 from accel_clip.commands.check.sample import known_part
 from accel_clip.config import Config, DataConfig, SourceConfig, TrainConfig
@@ -19,6 +18,8 @@ from accel_clip.data.pairs import PairsOfRun
 from accel_clip.data.sources.base import Pair, Stream
 from accel_clip.data.sources.combine import Concatenated
 from accel_clip.faults import ConfigError
+from helpers.pictures import numbered_picture
+from helpers.streams import StreamInMemory, tokens
 
 PREPARATION = Preparation(tokens, 16, 1e6, seed=0)
 
@@ -33,7 +34,7 @@ class Numbers:
         return self.length
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(picture(index), (f"{self.first_word} {index}",))
+        return Pair(numbered_picture(index, (20, 24)), (f"{self.first_word} {index}",))
 
     def key(self, index: int) -> str:
         return str(index)
@@ -47,7 +48,7 @@ def feed_of(opened: PairsOfRun, batch_size: int = 16, num_processes: int = 1, bu
 def mixed(num_processes: int = 1) -> Feed:
     """Return 8 pairs of two tables, 3 to 1, and 8 of a stream in every batch."""
     tables = Concatenated([Numbers("photos", 30, 900), Numbers("drawings", 9, 901)])
-    stream: Stream = Shards([9, 7, 11, 8, 6, 5, 7, 12])
+    stream: Stream = StreamInMemory([9, 7, 11, 8, 6, 5, 7, 12])
     return feed_of(PairsOfRun(tables, [3.0, 1.0], 4.0, [(stream, 4.0)], None), num_processes=num_processes)
 
 
@@ -95,7 +96,7 @@ def test_a_feed_goes_on_from_its_state() -> None:
 
 def test_a_state_of_other_data_is_refused() -> None:
     state = mixed().state_dict()
-    other = feed_of(PairsOfRun(Numbers("photos", 39, 900), None, 1.0, [(Shards([9] * 9), 1.0)], None))
+    other = feed_of(PairsOfRun(Numbers("photos", 39, 900), None, 1.0, [(StreamInMemory([9] * 9), 1.0)], None))
     with pytest.raises(ConfigError, match="began with 8 shards of memory and now there are 9"):
         other.load_state_dict(state)
     with pytest.raises(ConfigError, match="began with 12 samples and now there are 39"):
@@ -103,7 +104,7 @@ def test_a_state_of_other_data_is_refused() -> None:
 
 
 def test_the_lanes_of_a_run_stay_when_the_processes_are_others() -> None:
-    stream = Shards([9] * 16)
+    stream = StreamInMemory([9] * 16)
     opened = PairsOfRun(None, None, 0.0, [(stream, 1.0)], None)
     feed = feed_of(opened, batch_size=24)
     batches(feed, 0, 3)
@@ -124,7 +125,7 @@ def test_the_lanes_of_a_run_stay_when_the_processes_are_others() -> None:
 
 def test_the_windows_of_a_run_stay_when_another_number_of_processes_would_have_others() -> None:
     """Three processes have 12 lanes with windows of 42 pairs, one has 16 with windows of 32."""
-    opened = PairsOfRun(None, None, 0.0, [(Shards([30] * 48), 1.0)], None)
+    opened = PairsOfRun(None, None, 0.0, [(StreamInMemory([30] * 48), 1.0)], None)
     whole: list[set[tuple[int, ...]]] = [set(), set()]
     states = []
     for process in range(3):
@@ -141,17 +142,17 @@ def test_the_windows_of_a_run_stay_when_another_number_of_processes_would_have_o
 
 def test_a_run_whose_batches_would_hold_others_is_refused() -> None:
     """Each process has as many pairs of a stream: 5 of 16 become 6 for two."""
-    opened = PairsOfRun(Numbers("photos", 300, 900), None, 2.0, [(Shards([30] * 8), 1.0)], None)
+    opened = PairsOfRun(Numbers("photos", 300, 900), None, 2.0, [(StreamInMemory([30] * 8), 1.0)], None)
     state = feed_of(opened, 16, 2).state_dict()
     with pytest.raises(ConfigError, match=r"holds 6 pairs of memory, and now it would hold 5.*as many processes"):
         feed_of(opened, 16, 1).load_state_dict(state)
-    two = PairsOfRun(None, None, 0.0, [(Shards([30] * 8), 1.0)] * 2, None)
+    two = PairsOfRun(None, None, 0.0, [(StreamInMemory([30] * 8), 1.0)] * 2, None)
     with pytest.raises(ConfigError, match="began with 1 streams and now there are 2"):
         feed_of(two, 16).load_state_dict({**state, "num_samples": 0})
 
 
 def test_streams_of_one_name_are_told_apart() -> None:
-    shards = Shards([30] * 8)
+    shards = StreamInMemory([30] * 8)
     feed = feed_of(PairsOfRun(Numbers("memory", 300, 900), None, 2.0, [(shards, 1.0), (shards, 1.0)], None), 16)
     assert feed.pairs_in_batch == {"memory": 8, "memory (2)": 4, "memory (3)": 4}
     assert [dict(batch.num_pairs) for batch in batches(feed, 0, 2)] == [feed.pairs_in_batch] * 2
@@ -159,7 +160,7 @@ def test_streams_of_one_name_are_told_apart() -> None:
 
 def test_the_ways_out_of_a_batch_without_a_pair_hold_for_several_processes() -> None:
     def opened(weight: float) -> PairsOfRun:
-        return PairsOfRun(Numbers("photos", 300, 900), None, 20.0, [(Shards([30] * 8), weight)], None)
+        return PairsOfRun(Numbers("photos", 300, 900), None, 20.0, [(StreamInMemory([30] * 8), weight)], None)
 
     with pytest.raises(ConfigError, match=r"make train\.batch_size 168 or more, or its weight 2\.9 or more"):
         feed_of(opened(1.0), 64, 8)
@@ -167,7 +168,7 @@ def test_the_ways_out_of_a_batch_without_a_pair_hold_for_several_processes() -> 
 
 
 def test_what_needs_to_know_every_pair_is_refused() -> None:
-    stream: Stream = Shards([30] * 8)
+    stream: Stream = StreamInMemory([30] * 8)
     for data, key in (
         (DataConfig(replacement=True), "replacement"),
         (DataConfig(image_cache_gib=1), "image_cache_gib"),
@@ -181,7 +182,7 @@ def test_what_needs_to_know_every_pair_is_refused() -> None:
 
 
 def test_a_check_looks_at_a_pair_of_each_stream_however_few_are_asked_for() -> None:
-    feed = feed_of(PairsOfRun(None, None, 0.0, [(Shards([30] * 8), 1.0)] * 3, None), 12)
+    feed = feed_of(PairsOfRun(None, None, 0.0, [(StreamInMemory([30] * 8), 1.0)] * 3, None), 12)
     assert len(known_part(feed, 1)) >= 3
 
 
@@ -194,7 +195,7 @@ def test_the_length_of_a_run_on_streams_must_be_said() -> None:
 
 def test_a_stream_without_a_pair_in_a_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"memory has weight 0\.01"):
-        feed_of(PairsOfRun(Numbers("photos", 30, 900), None, 4.0, [(Shards([9]), 0.01)], None))
+        feed_of(PairsOfRun(Numbers("photos", 30, 900), None, 4.0, [(StreamInMemory([9]), 0.01)], None))
 
 
 def test_weights_of_items_are_those_of_streams_and_sources() -> None:
@@ -205,7 +206,10 @@ def test_weights_of_items_are_those_of_streams_and_sources() -> None:
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 2.0, 2.0), (1.0, 5.0, 1.0)])
 def test_parts_are_read_in_as_many_lanes_whatever_the_number_of_processes(weights: tuple[float, float, float]) -> None:
     table, one, two = weights
-    streams: list[tuple[Stream, float]] = [(Shards([9] * 64, name="a"), one), (Shards([9] * 64, name="b"), two)]
+    streams: list[tuple[Stream, float]] = [
+        (StreamInMemory([9] * 64, name="a"), one),
+        (StreamInMemory([9] * 64, name="b"), two),
+    ]
     opened = PairsOfRun(Numbers("photos", 300, 900), None, table, streams, None)
     found = set()
     for num_processes in (1, 2, 4, 8):
@@ -218,7 +222,7 @@ def test_parts_are_read_in_as_many_lanes_whatever_the_number_of_processes(weight
 
 def test_too_few_shards_for_the_processes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     for num_shards, num_processes, told in ((10, 8, True), (16, 8, False), (1, 1, False), (3, 1, False)):
-        opened = PairsOfRun(None, None, 0.0, [(Shards([9] * num_shards), 1.0)], None)
+        opened = PairsOfRun(None, None, 0.0, [(StreamInMemory([9] * num_shards), 1.0)], None)
         feed_of(opened, batch_size=64, num_processes=num_processes)
         said = capsys.readouterr().err
         assert ("has 10 shards for 8 lanes" in said and "write it as 16 shards or more" in said) == told, said

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import random
 import sys
 from collections import Counter
@@ -26,12 +24,9 @@ from accel_clip.command_line import load_config, parse_config, save_config
 from accel_clip.config import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     SourceConfig,
-    TrackConfig,
     TrainConfig,
 )
 from accel_clip.data import order as order_module
@@ -45,12 +40,11 @@ from accel_clip.data.sources.base import Pair
 from accel_clip.data.sources.combine import Concatenated, count_by_source, source_names
 from accel_clip.faults import ConfigError
 from accel_clip.losses.base import LOSSES
-from helpers.commands import CPU_2, launch, small_model
+from helpers.commands import CPU_2, launch
 from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
-from helpers.patience import HANG_SECONDS
+from helpers.models import small_model
+from helpers.runs import in_a_process, points_of, short_config
 from helpers.stand_ins import NoNumberAtFifth
-
-forked = multiprocessing.get_context("fork")
 
 
 class Numbered:
@@ -406,40 +400,19 @@ def config_for(tables: Path, output: str, weights: Sequence[float | None] = (3, 
     """Return settings of a run over both tables, named relative to their folder."""
     files = [str(tables / f"{name}.csv") for name in ("photos", "clipart")]
     items = [SourceConfig(file, weight=weight) for file, weight in zip(files, weights, strict=True)]
-    config = Config(
-        output_dir=str(tables / output),
-        data=DataConfig(train=list(items), val_fraction=0.2, workers=0, max_bad_fraction=0.5),
-        model=ModelConfig(str(tables / "small.json")),
-        optim=OptimConfig(lr=1e-3, warmup=0),
-        train=TrainConfig(batch_size=8, steps=9, threads=1),
-        eval=EvalConfig(every=100),
-        checkpoint=CheckpointConfig(every=2),
-        track=TrackConfig(to=[], every=1),
-    )
-    return replace(config, **sections)
+    usual = {
+        "data": DataConfig(train=list(items), val_fraction=0.2, workers=0, max_bad_fraction=0.5),
+        "optim": OptimConfig(lr=1e-3, warmup=0),
+        "checkpoint": CheckpointConfig(every=2),
+    }
+    return short_config(tables / output, "", str(tables / "small.json"), 9, **{**usual, **sections})
 
 
 def counts_of(config: Config) -> list[tuple[int, int, int]]:
     """Return (pairs of photos, pairs of clipart, all pairs) of each training point."""
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    points = [point for point in map(json.loads, lines) if "loss" in point or "lr" in point]
+    points = [point for point in points_of(config) if "loss" in point or "lr" in point]
     photos, clipart = (f"pairs/{Path(config.output_dir).parent / name}.csv" for name in ("photos", "clipart"))
     return [(point[photos], point[clipart], point["samples"]) for point in points]
-
-
-def in_a_process(config: Config, **environment: str) -> int:
-    """Train in a process of its own and return its exit code."""
-
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        train(config)
-
-    process = forked.Process(target=run)
-    process.start()
-    process.join(HANG_SECONDS)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
 
 
 @pytest.mark.slow
@@ -449,12 +422,12 @@ def test_a_run_counts_the_pairs_of_each_source_exactly_over_a_kill(
 ) -> None:
     whole, killed = (config_for(tables, name) for name in ("whole", "killed"))
     whole, killed = (replace(each, data=replace(each.data, replacement=replacement)) for each in (whole, killed))
-    assert in_a_process(whole) == 0
+    assert in_a_process(lambda: train(whole)) == 0
     said = capfd.readouterr().err
     assert f"a batch holds 6 pairs of {tables / 'photos.csv'} and 2 of {tables / 'clipart.csv'}" in said
     assert counts_of(whole) == [(6 * step, 2 * step, 8 * step) for step in range(1, 10)]
-    assert in_a_process(killed, ACCEL_CLIP_FAULT="step:5") == 9
-    assert in_a_process(killed) == 0
+    assert in_a_process(lambda: train(killed), ACCEL_CLIP_FAULT="step:5") == 9
+    assert in_a_process(lambda: train(killed)) == 0
     assert counts_of(killed) == counts_of(whole)
     weights = [Path(each.output_dir) / "export" / "open_clip_model.safetensors" for each in (whole, killed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

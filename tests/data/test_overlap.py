@@ -7,21 +7,15 @@ from pathlib import Path
 
 import numpy
 import pyarrow
-import pytest
 from PIL import Image
 from pyarrow import parquet
-from test_shards import numbered, write_tar
 
 from accel_clip.config import DataConfig
 from accel_clip.data.pairs import open_training
 from accel_clip.data.sources.combine import Subset
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.evaluation.validation import read_held_out
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+from helpers.shards import numbered, write_tar
 
 
 def table(file: Path, pictures: list[str]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from accel_clip.faults import recognise
-from helpers.commands import small_model, train_py
+from helpers.commands import train_py
+from helpers.models import small_model
 
 STARTED_ANEW = """
 import multiprocessing

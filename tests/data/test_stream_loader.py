@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import pytest
-import torch
-from PIL import Image
-from torch import Tensor
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableData, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.lanes import Lane, LanePosition, choose_num_lanes
-from accel_clip.data.sources.base import Pair, Stream, Streamed
+from accel_clip.data.sources.base import Stream, Streamed
 from accel_clip.data.stream_loader import LaneBatches, Lanes, iterate_stream
 from accel_clip.faults import ConfigError, DataError
+from helpers.streams import StreamInMemory, tokens
 
 WINDOW, SEED = 5, 3
-
-
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20, 24), (number % 256, number // 256, 99)).save(file, "PNG")
-    return file.getvalue()
-
-
-@dataclass
-class Shards:
-    """A stream in memory: as many pairs a shard as `lengths` says; an `end` is the number of items passed."""
-
-    lengths: list[int]
-    broken: frozenset[tuple[int, int]] = frozenset()
-    lost: frozenset[int] = frozenset()
-    name: str = "memory"
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.lengths)
-
-    def read(self, shard: int, start: int) -> Iterator[Streamed]:
-        if shard in self.lost:
-            yield Streamed(f"{shard}", UnusableSample("missing_file", "no answer", f"shard {shard}"), 1)
-            return
-        for number in range(start, self.lengths[shard]):
-            key = f"{shard}/{number}"
-            pair: Pair | UnusableSample = Pair(picture(shard * 40 + number), (f"{shard} {number}",))
-            if (shard, number) in self.broken:
-                pair = UnusableSample("no_caption", "none", key) if number % 2 else Pair(b"broken", ("a",))
-            yield Streamed(key, pair, number + 1)
-
-
-def tokens(captions: list[str]) -> Tensor:
-    return torch.tensor([[*(int(word) for word in caption.split()), 0, 0] for caption in captions])
 
 
 def keys_of(lane: Lane, mark: LanePosition, number: int) -> list[str]:
@@ -92,7 +54,7 @@ def contents(parts: list[Batch]) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("lengths", [[7, 0, 13, 1], [5], [10, 10, 5]])
 def test_a_lane_gives_each_pair_once_an_epoch_in_another_order(lengths: list[int]) -> None:
-    lane, total = Lane(Shards(lengths), 0, 1, WINDOW, SEED), sum(lengths)
+    lane, total = Lane(StreamInMemory(lengths), 0, 1, WINDOW, SEED), sum(lengths)
     given = keys_of(lane, LanePosition(0), 3 * total)
     epochs = [given[start : start + total] for start in range(0, 3 * total, total)]
     everything = sorted(f"{shard}/{number}" for shard, length in enumerate(lengths) for number in range(length))
@@ -101,7 +63,7 @@ def test_a_lane_gives_each_pair_once_an_epoch_in_another_order(lengths: list[int
 
 
 def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
-    lane = Lane(Shards([7, 0, 13, 1]), 0, 1, WINDOW, SEED)
+    lane = Lane(StreamInMemory([7, 0, 13, 1]), 0, 1, WINDOW, SEED)
     whole = list(islice(lane.give(LanePosition(0)), 60))
     keys = [given.item.key for given in whole]
     for place in range(40):
@@ -110,7 +72,7 @@ def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
 
 def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
     @dataclass
-    class WithoutLast(Shards):
+    class WithoutLast(StreamInMemory):
         def read(self, shard: int, start: int) -> Iterator[Streamed]:
             for item in super().read(shard, start):
                 missing = UnusableSample("missing_file", "the sample has no picture", item.key)
@@ -124,23 +86,23 @@ def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
 
 def test_a_short_shard_is_not_shown_much_more_often_than_others() -> None:
     lengths = [100] * 15 + [8]
-    num_lanes = choose_num_lanes(Shards(lengths), 64, 1)
+    num_lanes = choose_num_lanes(StreamInMemory(lengths), 64, 1)
     shown: Counter[int] = Counter()
     for number in range(num_lanes):
-        lane = Lane(Shards(lengths), number, num_lanes, WINDOW, SEED)
+        lane = Lane(StreamInMemory(lengths), number, num_lanes, WINDOW, SEED)
         shown.update(given.shard for given in islice(lane.give(LanePosition(number)), 1000))
     often = [shown[shard] / length for shard, length in enumerate(lengths)]
     assert max(often) < 2.2 * min(often)
 
 
 def test_lanes_have_different_shards() -> None:
-    stream = Shards([4] * 10)
+    stream = StreamInMemory([4] * 10)
     given = [set(keys_of(Lane(stream, number, 3, WINDOW, SEED), LanePosition(number), 80)) for number in range(3)]
     assert sum(len(each) for each in given) == len(set.union(*given)) == 40
 
 
 def test_order_and_pixels_are_the_same_for_any_number_of_processes_and_workers() -> None:
-    stream = Shards([9, 7, 11, 8, 6, 5, 7, 12], broken=frozenset({(2, 1), (4, 2), (5, 3)}))
+    stream = StreamInMemory([9, 7, 11, 8, 6, 5, 7, 12], broken=frozenset({(2, 1), (4, 2), (5, 3)}))
     whole = contents(batches(stream, 14))
     assert contents(batches(stream, 14, workers=1)) == contents(batches(stream, 14, workers=3)) == whole
     first, second = (batches(stream, 14, process, 2, workers=process) for process in range(2))
@@ -149,7 +111,7 @@ def test_order_and_pixels_are_the_same_for_any_number_of_processes_and_workers()
 
 
 def test_batches_go_on_from_their_marks() -> None:
-    stream = Shards([9, 7, 11, 8, 6, 5, 7, 12], broken=frozenset({(2, 1), (4, 2), (5, 3)}))
+    stream = StreamInMemory([9, 7, 11, 8, 6, 5, 7, 12], broken=frozenset({(2, 1), (4, 2), (5, 3)}))
     whole = batches(stream, 12)
     for place in (0, 3, 8):
         marks = {mark.lane: mark for mark in whole[place].marks}
@@ -158,14 +120,14 @@ def test_batches_go_on_from_their_marks() -> None:
 
 def test_unusable_pairs_are_passed_over_and_told_in_every_epoch() -> None:
     broken = frozenset({(2, 1), (4, 2), (5, 3)})
-    stream = Shards([6] * 8, broken=broken)
+    stream = StreamInMemory([6] * 8, broken=broken)
     told = Counter(bad.sample for batch in batches(stream, 40) for bad in batch.bad_samples)
     assert set(told) == {f"{shard}/{number}" for shard, number in broken}
     assert {number > 5 for number in told.values()} == {True}
 
 
 def test_no_pair_stands_twice_in_a_batch_even_where_an_epoch_ends() -> None:
-    for batch in batches(Shards([5, 4, 5, 4]), 30):
+    for batch in batches(StreamInMemory([5, 4, 5, 4]), 30):
         assert len({tuple(row) for row in batch.tokens.tolist()}) == 12
 
 
@@ -173,21 +135,21 @@ def test_too_few_pairs_for_a_batch_are_an_error() -> None:
     with pytest.raises(
         UnusableData, match=r"3 pairs of a batch come from a part of memory that has 2: make train\.batch"
     ):
-        batches(Shards([5, 2, 5, 5]), 30)
+        batches(StreamInMemory([5, 2, 5, 5]), 30)
     with pytest.raises(UnusableData, match=r"has 0: no_caption \d+, unreadable"):
-        batches(Shards([5, 2, 5, 5], broken=frozenset({(1, 0), (1, 1)})), 30, workers=1)
+        batches(StreamInMemory([5, 2, 5, 5], broken=frozenset({(1, 0), (1, 1)})), 30, workers=1)
     with pytest.raises(UnusableData, match="nothing can be read from the shards 1"):
-        batches(Shards([5, 0, 5, 5]), 30)
+        batches(StreamInMemory([5, 0, 5, 5]), 30)
 
 
 def test_shards_that_are_lost_are_counted_and_several_in_a_row_end_the_run() -> None:
-    lane = Lane(Shards([4] * 6, lost=frozenset({1, 4})), 0, 1, WINDOW, SEED)
+    lane = Lane(StreamInMemory([4] * 6, lost=frozenset({1, 4})), 0, 1, WINDOW, SEED)
     keys = Counter(keys_of(lane, LanePosition(0), 3 * 18))
     assert keys["1"] == keys["4"] == keys["0/0"] == 3
     with pytest.raises(
         DataError, match=r"3 shards in a row cannot be read.*no answer.*goes on from the last checkpoint"
     ):
-        keys_of(Lane(Shards([4] * 6, lost=frozenset({0, 1, 2, 3, 4})), 0, 1, WINDOW, SEED), LanePosition(0), 99)
+        keys_of(Lane(StreamInMemory([4] * 6, lost=frozenset({0, 1, 2, 3, 4})), 0, 1, WINDOW, SEED), LanePosition(0), 99)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +162,9 @@ def test_shards_that_are_lost_are_counted_and_several_in_a_row_end_the_run() -> 
 def test_lanes_divide_the_batch_and_have_two_shards_where_there_are_as_many(
     num_shards: int, num_pairs: int, num_processes: int, lanes: int
 ) -> None:
-    assert choose_num_lanes(Shards([1] * num_shards), num_pairs, num_processes) == lanes
+    assert choose_num_lanes(StreamInMemory([1] * num_shards), num_pairs, num_processes) == lanes
 
 
 def test_fewer_shards_than_processes_are_refused() -> None:
     with pytest.raises(ConfigError, match="memory has 3 shards, and 4 processes read different ones"):
-        choose_num_lanes(Shards([1] * 3), 256, 4)
+        choose_num_lanes(StreamInMemory([1] * 3), 256, 4)

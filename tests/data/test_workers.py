@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from accel_clip.data.workers import Workers, share_memory_of
 from accel_clip.faults import WorkerKilled
 from accel_clip.process.signals import StopAsked
-from helpers.commands import ROOT, run, small_model
+from helpers.commands import ROOT, run
+from helpers.models import small_model
 from helpers.patience import within
 
 

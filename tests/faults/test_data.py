@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from open_clip import SimpleTokenizer
-from test_launches import ALONE, CPU_2, SLOWLY, Folder, losses_of, status_of
-from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
 
 from accel_clip import Config, cli
 from accel_clip.config import DataConfig
@@ -27,36 +25,18 @@ from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.shards import reader as shard_reader
 from accel_clip.data.sources.shards.local import TarShards
 from helpers import nasty
-from helpers.commands import Finished
+from helpers.commands import CPU_2, Finished
 from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
+from helpers.launches import ALONE, SLOWLY, FolderOfLaunches, losses_by_step, status_of
+from helpers.models import model_that_drops_patches
+from helpers.runs import assert_same_end, config_that_draws, ends_of, in_a_process, run_to_the_end, run_until
 
-BATCH, NUM_SHARDS, SAMPLES_A_SHARD = 12, 6, 20
-
-
-def good(name: str, seed: int) -> nasty.Sample:
-    return nasty.Sample(name, nasty.encoded(nasty.noise(seed=seed)), f"picture {name} of noise")
-
-
-def write_shards(folder: Path, num_shards: int, samples_a_shard: int) -> Path:
-    """Write shards of good samples; each is cut off inside of its last picture, which can therefore not be used."""
-    folder.mkdir()
-    for shard in range(num_shards):
-        names = [f"{shard}_{number}" for number in range(samples_a_shard - 1)]
-        written = nasty.write_shard([good(name, seed) for seed, name in enumerate(names, 100 * shard)], folder)
-        Path(written).rename(folder / f"shard-{shard}.tar")
-    return folder
-
-
-def write_wild_shards(folder: Path) -> Path:
-    """Write shards that are cut off, one of which holds everything that is found in the wild."""
-    write_shards(folder, 3, SAMPLES_A_SHARD)
-    Path(nasty.write_shard(nasty.held_by("shard", 60), folder)).rename(folder / "shard-wild.tar")
-    return folder
+BATCH, NUM_SHARDS = 12, 6
 
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wild_shards(tmp_path_factory.mktemp("wild") / "shards")
+    return nasty.write_wild_shards(tmp_path_factory.mktemp("wild") / "shards")
 
 
 # --- the order and the pixels
@@ -130,14 +110,13 @@ def tars(wild: Path, **settings: object) -> DataConfig:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    Folder(folder, patch_dropout=0.5)
-    (folder / "small.json").rename(folder / "drops_patches.json")
+    model_that_drops_patches(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(wild: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = config_for(model_folder, tmp_path_factory.mktemp("whole") / "run", data=tars(wild))
+    config = config_that_draws(model_folder, tmp_path_factory.mktemp("whole") / "run", data=tars(wild))
     run_to_the_end(config)
     return config
 
@@ -147,7 +126,7 @@ def uninterrupted(wild: Path, model_folder: Path, tmp_path_factory: pytest.TempP
 def test_a_killed_run_on_shards_ends_like_one_that_was_not(
     wild: Path, model_folder: Path, tmp_path: Path, uninterrupted: Config, faults: list[str]
 ) -> None:
-    config = config_for(model_folder, tmp_path / "run", data=tars(wild))
+    config = config_that_draws(model_folder, tmp_path / "run", data=tars(wild))
     for fault in faults:
         run_until(config, fault)
     run_to_the_end(config)
@@ -163,7 +142,7 @@ def on_shards(folder: Path, *more: str) -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_two_killed_processes_on_shards_end_like_two_that_were_not_and_like_one(wild: Path, tmp_path: Path) -> None:
-    folder = Folder(tmp_path, patch_dropout=0)  # which each process draws for itself
+    folder = FolderOfLaunches(tmp_path, patch_dropout=0)  # which each process draws for itself
     words = on_shards(wild)
     for name, launcher in (("one", ALONE), ("two", CPU_2)):
         done = folder.finish(launcher, name, *words)
@@ -178,8 +157,8 @@ def test_two_killed_processes_on_shards_end_like_two_that_were_not_and_like_one(
     one, two, killed = (Config(output_dir=str(tmp_path / name)) for name in ("one", "two", "killed"))
     assert_same_end(killed, two)
     assert ends_of(one)[2] == ends_of(two)[2] and len(ends_of(one)[2].splitlines()) > 8
-    losses = losses_of(tmp_path / "two")
-    assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=rounding(len(losses) * ADDITIONS_OF_A_STEP))
+    losses = losses_by_step(tmp_path / "two")
+    assert losses == pytest.approx(losses_by_step(tmp_path / "one"), rel=rounding(len(losses) * ADDITIONS_OF_A_STEP))
     assert len({round(loss, 3) for loss in losses.values()}) > 6
 
 
@@ -238,10 +217,10 @@ LOST = 1
 STEPS_AN_EPOCH, NUM_EPOCHS = 6, 3
 
 
-def losing(tmp_path: Path, way: str, num_workers: int, max_bad_fraction: float) -> tuple[Folder, list[str]]:
+def losing(tmp_path: Path, way: str, num_workers: int, max_bad_fraction: float) -> tuple[FolderOfLaunches, list[str]]:
     """Return a folder with six shards of eight samples, and the words for three epochs in which one shard is lost."""
-    folder = Folder(tmp_path)
-    write_shards(tmp_path / "shards", NUM_SHARDS, 8)
+    folder = FolderOfLaunches(tmp_path)
+    nasty.write_cut_shards(tmp_path / "shards", NUM_SHARDS, 8)
     (tmp_path / "losing.py").write_text(LOSING)
     options = {"way": way, "shard": str(tmp_path / "shards" / f"shard-{LOST}.tar")}
     words = ["--plugins", "losing.py", "--loss.name", "losing", "--loss.options", json.dumps(options)]
@@ -250,7 +229,7 @@ def losing(tmp_path: Path, way: str, num_workers: int, max_bad_fraction: float) 
     return folder, words
 
 
-def finish(folder: Folder, launcher: tuple[str, ...], run: str, words: list[str]) -> Finished:
+def finish(folder: FolderOfLaunches, launcher: tuple[str, ...], run: str, words: list[str]) -> Finished:
     """Run to the end by a real launch, or in a fork of this process, which has imported everything."""
     if launcher:
         return folder.finish(launcher, run, *words)
@@ -291,7 +270,7 @@ def test_a_shard_that_is_lost_costs_its_samples_alone(
     folder, words = losing(tmp_path, way, num_workers, max_bad_fraction=0.9)
     done = finish(folder, launcher, "run", words)
     assert done.code == 0, done.err
-    assert list(losses_of(tmp_path / "run")) == list(range(1, STEPS_AN_EPOCH * NUM_EPOCHS + 1))
+    assert list(losses_by_step(tmp_path / "run")) == list(range(1, STEPS_AN_EPOCH * NUM_EPOCHS + 1))
     found = listed(tmp_path / "run")
     lost = range(8 * LOST, 8 * (LOST + 1))
     cut = [8 * shard + 7 for shard in range(NUM_SHARDS)]  # the last sample of each shard
@@ -328,7 +307,7 @@ def test_workers_that_never_saw_a_lost_shard_count_its_samples(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_reader, "WAITS_SECONDS", (0.0, 0.0, 0.0))
-    folder = write_shards(tmp_path / "shards", NUM_SHARDS, 8)
+    folder = nasty.write_cut_shards(tmp_path / "shards", NUM_SHARDS, 8)
     source = open_source(str(folder), DataConfig())
     assert [source[8 * shard].captions for shard in range(NUM_SHARDS)]  # all are open here, and none in the workers
     namespace: dict[str, Callable[[Path, str], None]] = {}
@@ -340,7 +319,7 @@ def test_workers_that_never_saw_a_lost_shard_count_its_samples(
 
 def test_a_shard_that_is_written_anew_in_its_place_gives_no_foreign_bytes(tmp_path: Path) -> None:
     """Its file is open, of the size that it had, and holds other samples."""
-    folder = write_shards(tmp_path / "shards", 2, 8)
+    folder = nasty.write_cut_shards(tmp_path / "shards", 2, 8)
     source = open_source(str(folder), DataConfig())
     assert isinstance(source, TarShards)
     first = folder / "shard-0.tar"

@@ -41,7 +41,7 @@ from accel_clip.run.folder import RunFolder
 from accel_clip.run.resume import decide
 from accel_clip.trainer import train
 from accel_clip.typed_json import WrongContent, read_json
-from helpers.commands import small_model
+from helpers.models import small_model
 
 ODD: list[Any] = [None, True, -1, 1.5, math.nan, math.inf, 10**400, 2**63, "x", "x" * 10**6, [], {}, [[]], {"a": 1}]
 TEXTS = [b"", b"\xff", b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"NaN", b"{}", b"[]", b"null", b"{'a': 1}"]

@@ -22,7 +22,8 @@ from accel_clip.models.build import build_model, read_config, registered_name
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.foreign_code import without_foreign_code
 from accel_clip.models.size import size_of
-from helpers.commands import small_model, train_py
+from helpers.commands import train_py
+from helpers.models import small_model
 
 BERT = {
     "model_type": "bert",

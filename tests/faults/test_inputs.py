@@ -27,7 +27,8 @@ from accel_clip.data.sources.base import SOURCES, Pair
 from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.faults import ConfigError
 from accel_clip.run.inputs import Inputs
-from helpers.commands import SMALL_MODEL, train_py
+from helpers.commands import train_py
+from helpers.models import SMALL_MODEL
 
 NUM_PAIRS = 12
 

@@ -10,13 +10,12 @@ from pathlib import Path
 import pyarrow.csv  # noqa: F401  (once, and not in every process that is killed)
 import pytest
 import torch
-from test_resume import assert_same_end, config_for, data, ends_of
 
 from accel_clip import Config, train
 from accel_clip.config import CheckpointConfig, EvalConfig, StopConfig, TrackConfig
 from helpers.kills import count_changes, killed_at, run_forked
+from helpers.runs import assert_same_end, config_that_draws, ends_of
 
-__all__ = ["data"]
 NUM_STEPS = 5
 EVERY = int(os.environ.get("EVERY_CHANGE", "9"))
 """How many changes lie between two that are tried; 1 tries all of them."""
@@ -24,7 +23,7 @@ EVERY = int(os.environ.get("EVERY_CHANGE", "9"))
 
 def short(folder: Path, output: Path) -> Config:
     """Return settings of a run that does everything which changes the disk, in a few steps."""
-    config = config_for(
+    config = config_that_draws(
         folder,
         output,
         checkpoint=CheckpointConfig(every=2, keep=1),

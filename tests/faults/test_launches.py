@@ -8,12 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,210 +18,25 @@ import torch
 from safetensors.torch import load_file
 
 from accel_clip.checkpoint.manifest import verify
-from helpers.commands import CPU_2, ROOT, SMALL_MODEL, Finished, without_torch
+from helpers.commands import CPU_2, ROOT, without_torch
 from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
-from helpers.patience import HANG_SECONDS
+from helpers.launches import (
+    ALONE,
+    CPU_1,
+    NUM_STEPS,
+    SLOWLY,
+    FolderOfLaunches,
+    export_of,
+    losses_by_step,
+    newest,
+    status_of,
+)
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 12
-TROUBLED = '''
-import os
-import time
-from pathlib import Path
-
-import torch
-from accel_clip import LOSSES, SOURCES
-from accel_clip.data.sources.demo import open_demo
-
-RANK = os.environ.get("RANK", "0")
-
-
-def asked(trouble, number):
-    """Whether NAN or HANG names this process and step, as `rank:step`."""
-    return os.environ.get(trouble) == f"{RANK}:{number}"
-
-
-@LOSSES.register("troubled")
-class Troubled:
-    """The contrastive loss, slow or in trouble as the environment says; its first call is a trial."""
-
-    def __init__(self):
-        self.number = -1
-
-    def __call__(self, image_features, text_features, logit_scale, output_dict=True):
-        self.number += image_features.requires_grad
-        logits = logit_scale * image_features @ text_features.T
-        labels = torch.arange(len(logits))
-        loss = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
-        time.sleep(float(os.environ.get("SECONDS_A_STEP", 0)))
-        if asked("HANG", self.number):
-            time.sleep(60)
-        return {"both_loss": loss * float("nan") if asked("NAN", self.number) else loss}
-
-
-@SOURCES.register("late")
-class Late:
-    """Drawings that take long as soon as a file named `late` is there."""
-
-    def __init__(self, argument, options):
-        self.drawings = open_demo("", options)
-        self.name = "late"
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        time.sleep(0.2 * Path("late").exists())
-        return self.drawings[index]
-
-    def key(self, index):
-        return self.drawings.key(index)
-'''
-
-
-@dataclass
-class Launch:
-    """A command that is running in a folder, and the run that it trains."""
-
-    process: subprocess.Popen[bytes]
-    run: Path
-    said: Path
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until the run has logged a step."""
-        self.wait_until(lambda: step in losses_of(self.run), f"step {step}")
-
-    def wait_until(self, holds: Callable[[], bool], what: str, seconds: float = HANG_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert self.process.poll() is None, f"ended before {what}: {self.text()}"
-            assert time.monotonic() < deadline, f"{what} never came: {self.text()}"
-            time.sleep(0.02)
-
-    def everyone(self) -> list[psutil.Process]:
-        """Return the launcher and all that it has started, which is in sessions of its own under torchrun."""
-        launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-
-    def trainers(self) -> list[psutil.Process]:
-        """Return the processes that train, by rank."""
-        found = [each for each in self.everyone() if "train.py" in " ".join(each.cmdline()) and not is_launcher(each)]
-        return sorted(found, key=lambda each: int(each.environ().get("RANK", 0)))
-
-    def kill(self) -> None:
-        """End all of it as a power cut would."""
-        everyone = self.everyone()
-        for each in everyone:
-            each.kill()
-        psutil.wait_procs(everyone[1:], timeout=HANG_SECONDS)
-        self.process.wait()
-
-    def ended(self, everyone: list[psutil.Process], seconds: float = HANG_SECONDS) -> Finished:
-        """Wait until none of the processes is left and return how the first one ended."""
-        alive = psutil.wait_procs(everyone[1:], timeout=seconds)[1]
-        assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE], f"still there: {self.text()}"
-        return Finished(self.process.wait(seconds), "", self.text())
-
-    def text(self) -> str:
-        return self.said.read_text(errors="replace")
-
-
-def hear_interrupts() -> None:
-    """Undo what a shell does to a command that it starts in the background: its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def is_launcher(process: psutil.Process) -> bool:
-    return "accelerate.commands.launch" in process.cmdline()
-
-
-class Folder:
-    """A folder with a model and a plugin, in which runs with the same settings are launched."""
-
-    def __init__(self, path: Path, patch_dropout: float = 0.5) -> None:
-        self.path = path
-        model = json.loads(SMALL_MODEL)
-        model["vision_cfg"]["patch_dropout"] = patch_dropout
-        (path / "small.json").write_text(json.dumps(model))
-        (path / "troubled.py").write_text(TROUBLED)
-
-    def words(self, run: str, *more: str) -> list[str]:
-        words = {
-            "--model.name": "small.json",
-            "--plugins": "troubled.py",
-            "--loss.name": "troubled",
-            "--train.steps": str(NUM_STEPS),
-            "--train.batch_size": "8",
-            "--train.threads": "1",
-            "--checkpoint.every": "2",
-            "--data.workers": "0",
-            "--data.val_fraction": "0",
-            "--track.to": "[]",
-            "--track.every": "1",
-            "--output_dir": run,
-        } | dict(zip(more[::2], more[1::2], strict=True))
-        return [word for pair in words.items() for word in pair]
-
-    def start(self, launcher: tuple[str, ...], run: str, *more: str, **environment: str) -> Launch:
-        """Start a run: with the words of `accelerate launch`, or by `python train.py` without any."""
-        launched = ("-m", "accelerate.commands.launch", *launcher) if launcher else ()
-        left_out = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-        inherited = {key: value for key, value in os.environ.items() if key not in left_out}
-        said = self.path / f"said-{Path(run).name}.txt"
-        with said.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, *launched, str(ROOT / "train.py"), *self.words(run, *more)],
-                cwd=self.path,
-                env={**inherited, "HF_HUB_OFFLINE": "1", **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                preexec_fn=hear_interrupts,  # noqa: PLW1509  sets a handler alone
-            )
-        return Launch(process, self.path / run, said)
-
-    def finish(self, launcher: tuple[str, ...], run: str, *more: str, **environment: str) -> Finished:
-        """Run to the end."""
-        launch = self.start(launcher, run, *more, **environment)
-        try:
-            return Finished(launch.process.wait(240), "", launch.text())
-        except subprocess.TimeoutExpired:
-            launch.kill()
-            raise
-
-
-ALONE: tuple[str, ...] = ()
-CPU_1 = ("--cpu", "--num_processes", "1")
-SLOWLY = {"SECONDS_A_STEP": "0.3"}
-
-
-def losses_of(run: Path) -> dict[int, float]:
-    """Return the training losses by step; a line that is being written is left out."""
-    losses = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []:
-        point = json.loads(line) if line.endswith("}") else {}
-        if "loss" in point:
-            losses[point["step"]] = point["loss"]
-    return losses
-
-
-def status_of(run: Path) -> dict[str, Any]:
-    status: dict[str, Any] = json.loads((run / "STATUS.json").read_text())
-    return status
-
-
-def newest(run: Path) -> Path:
-    return run / "checkpoints" / (run / "checkpoints" / "LATEST").read_text().strip()
-
-
-def export_of(run: Path) -> bytes:
-    return (run / "export" / "open_clip_model.safetensors").read_bytes()
-
 
 def assert_same_end(run: Path, whole: Path) -> None:
-    assert losses_of(run) == losses_of(whole) and len(losses_of(run)) == NUM_STEPS
+    assert losses_by_step(run) == losses_by_step(whole) and len(losses_by_step(run)) == NUM_STEPS
     assert export_of(run) == export_of(whole)
 
 
@@ -234,23 +46,23 @@ def assert_preempted(run: Path, at_least: int) -> int:
     assert (status["state"], status["exit_code"]) == ("preempted", 75), status
     assert "train.py" in status["resume_command"]
     assert at_least <= status["step"] < NUM_STEPS
-    assert verify(newest(run)).step == status["step"] == max(losses_of(run))
+    assert verify(newest(run)).step == status["step"] == max(losses_by_step(run))
     return int(status["step"])
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> FolderOfLaunches:
     """Return a folder with runs that nobody disturbed: `whole-1` by one process, `whole-2` by two."""
-    folder = Folder(tmp_path_factory.mktemp("launches"))
+    folder = FolderOfLaunches(tmp_path_factory.mktemp("launches"))
     for name, launcher in (("whole-1", ALONE), ("whole-2", CPU_2)):
         done = folder.finish(launcher, name)
         assert done.code == 0, done.err
     return folder
 
 
-def test_two_killed_processes_end_like_two_that_were_not(shared: Folder) -> None:
+def test_two_killed_processes_end_like_two_that_were_not(shared: FolderOfLaunches) -> None:
     crashed = shared.finish(CPU_2, "killed", ACCEL_CLIP_FAULT="step:5")  # both end with 9, torchrun with 1
-    assert crashed.code != 0 and max(losses_of(shared.path / "killed")) == 4
+    assert crashed.code != 0 and max(losses_by_step(shared.path / "killed")) == 4
     launch = shared.start(CPU_2, "killed", **SLOWLY)
     launch.wait_for_step(8)
     launch.kill()
@@ -264,7 +76,7 @@ def test_three_killed_processes_end_like_three_that_were_not(tmp_path: Path) -> 
     """From three processes on it matters in which order gradients are added up."""
     two = (ROOT / "accelerate_configs" / "cpu_2.yaml").read_text()
     (tmp_path / "cpu_3.yaml").write_text(two.replace("num_processes: 2", "num_processes: 3"))
-    folder, launcher = Folder(tmp_path), ("--config_file", str(tmp_path / "cpu_3.yaml"))
+    folder, launcher = FolderOfLaunches(tmp_path), ("--config_file", str(tmp_path / "cpu_3.yaml"))
     words = ("--train.batch_size", "9")
     whole = folder.finish(launcher, "whole", *words)
     assert whole.code == 0 and "training on 3 process(es)" in whole.err, whole.err
@@ -275,7 +87,7 @@ def test_three_killed_processes_end_like_three_that_were_not(tmp_path: Path) -> 
 
 
 def test_another_number_of_processes_goes_on_to_rounding(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, patch_dropout=0)  # which is drawn by each process for itself
+    folder = FolderOfLaunches(tmp_path, patch_dropout=0)  # which is drawn by each process for itself
     steps = ("--train.steps", "8", "--checkpoint.every", "4")
     whole = folder.finish(ALONE, "whole", *steps)
     assert whole.code == 0, whole.err
@@ -286,13 +98,13 @@ def test_another_number_of_processes_goes_on_to_rounding(tmp_path: Path) -> None
     done = folder.finish(ALONE, "run", *steps)
     assert done.code == 0, done.err
     assert "step-00000004" in done.err and "equal to rounding only" in done.err
-    losses, expected = losses_of(tmp_path / "run"), losses_of(tmp_path / "whole")
+    losses, expected = losses_by_step(tmp_path / "run"), losses_by_step(tmp_path / "whole")
     assert list(losses) == list(range(1, 9))
     assert losses == pytest.approx(expected, rel=rounding(8 * ADDITIONS_OF_A_STEP))
     assert len({round(loss, 3) for loss in losses.values()}) > 4  # it trains, so that equality means something
 
 
-def test_sigterm_to_the_launcher_of_one_process_saves_and_leaves_nobody(shared: Folder) -> None:
+def test_sigterm_to_the_launcher_of_one_process_saves_and_leaves_nobody(shared: FolderOfLaunches) -> None:
     launch = shared.start(CPU_1, "launcher", **SLOWLY)
     launch.wait_for_step(3)
     everyone = launch.everyone()
@@ -307,7 +119,7 @@ def test_sigterm_to_the_launcher_of_one_process_saves_and_leaves_nobody(shared: 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(shared: Folder, rank: int) -> None:
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(shared: FolderOfLaunches, rank: int) -> None:
     run = shared.path / f"rank-{rank}"
     launch = shared.start(CPU_2, run.name, **SLOWLY)
     launch.wait_for_step(3)
@@ -322,7 +134,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(shared: Folder, 
 
 
 @pytest.mark.parametrize("launcher", [CPU_1, CPU_2], ids=["1", "2"])
-def test_ctrl_c_saves_and_the_same_command_goes_on(shared: Folder, launcher: tuple[str, ...]) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on(shared: FolderOfLaunches, launcher: tuple[str, ...]) -> None:
     run = shared.path / f"interrupted-{len(launcher)}"
     launch = shared.start(launcher, run.name, **SLOWLY)
     launch.wait_for_step(3)
@@ -335,7 +147,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(shared: Folder, launcher: tup
 
 
 def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> None:
-    folder, run = Folder(tmp_path), tmp_path / "run"
+    folder, run = FolderOfLaunches(tmp_path), tmp_path / "run"
     settings = ("--data.val", "late:", "--eval.every", "3", "--eval.batch_size", "8", "--checkpoint.every", "100")
     launch = folder.start(ALONE, "run", *settings, **SLOWLY)
     launch.wait_for_step(1)
@@ -354,7 +166,7 @@ def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> N
     assert [point["step"] for point in points if "val/text_to_image_R@1" in point] == [0, 3, 6, 9, 12]
 
 
-def test_a_loss_without_a_value_on_one_process_ends_both_before_the_weights_change(shared: Folder) -> None:
+def test_a_loss_without_a_value_on_one_process_ends_both_before_the_weights_change(shared: FolderOfLaunches) -> None:
     run = shared.path / "nan"
     done = shared.finish(CPU_2, "nan", "--checkpoint.every", "1", NAN="1:3")
     assert done.code != 0
@@ -394,7 +206,7 @@ def bytes_of(checkpoint: Path) -> int:
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_its_checkpoint(
-    shared: Folder, small_disk: Callable[[int], Path]
+    shared: FolderOfLaunches, small_disk: Callable[[int], Path]
 ) -> None:
     disk = small_disk(bytes_of(newest(shared.path / "whole-1")) * 3 // 2)
     done = shared.finish(ALONE, str(disk / "run"), **SLOWLY)
@@ -407,7 +219,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_its_checkpoint(
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_told_before_training(
-    shared: Folder, small_disk: Callable[[int], Path]
+    shared: FolderOfLaunches, small_disk: Callable[[int], Path]
 ) -> None:
     disk = small_disk(bytes_of(newest(shared.path / "whole-1")) // 2)
     done = shared.finish(ALONE, str(disk / "run"))
@@ -425,7 +237,7 @@ def says_what_is_missing(text: str) -> bool:
 
 
 def test_a_process_that_hangs_ends_the_launch_and_shows_the_stacks_of_both(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = FolderOfLaunches(tmp_path)
     launch = folder.start(CPU_2, "run", "--train.timeout", "5", HANG="1:4")
     launch.wait_for_step(3)
     everyone = launch.everyone()
@@ -440,7 +252,7 @@ def test_a_process_that_hangs_ends_the_launch_and_shows_the_stacks_of_both(tmp_p
 
 
 def test_a_finished_run_is_left_as_it_is_and_torch_is_not_needed_for_that(tmp_path: Path) -> None:
-    folder, run = Folder(tmp_path), tmp_path / "run"
+    folder, run = FolderOfLaunches(tmp_path), tmp_path / "run"
     builtin = ("--plugins", "[]", "--loss.name", "clip", "--train.steps", "2")
     assert folder.finish(ALONE, "run", *builtin).code == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -451,10 +263,10 @@ def test_a_finished_run_is_left_as_it_is_and_torch_is_not_needed_for_that(tmp_pa
     two = folder.finish(CPU_2, "run", *builtin)
     assert two.code == 0 and two.err.count("is complete at step 2") == 1
     longer = folder.finish(ALONE, "run", *builtin[:-1], "3")
-    assert longer.code == 0 and losses_of(run).keys() == {1, 2, 3}, longer.err
+    assert longer.code == 0 and losses_by_step(run).keys() == {1, 2, 3}, longer.err
 
 
-def test_a_killed_data_worker_ends_the_run_with_what_to_do(shared: Folder) -> None:
+def test_a_killed_data_worker_ends_the_run_with_what_to_do(shared: FolderOfLaunches) -> None:
     run = shared.path / "worker"
     launch = shared.start(ALONE, "worker", "--data.workers", "2", **SLOWLY)
     launch.wait_for_step(3)
@@ -468,6 +280,6 @@ def test_a_killed_data_worker_ends_the_run_with_what_to_do(shared: Folder) -> No
     assert f"a data worker (process {workers[0].pid}) was killed" in done.err and "lower data.workers" in done.err
     assert done.err.count("accel-clip: error:") == 1 and "Traceback" not in done.err
     assert (status_of(run)["state"], status_of(run)["exit_code"]) == ("failed", 3)
-    assert verify(newest(run)).step >= 2 and math.isfinite(losses_of(run)[3])
+    assert verify(newest(run)).step >= 2 and math.isfinite(losses_by_step(run)[3])
     assert shared.finish(ALONE, "worker", "--data.workers", "2").code == 0
     assert_same_end(run, shared.path / "whole-1")

@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_resume import assert_same_end, config_for, data, run_to_the_end, run_until, uninterrupted
 
 from accel_clip import Config, train
 from accel_clip.cli import dispatch
@@ -29,11 +28,11 @@ from accel_clip.config import CheckpointConfig, StopConfig
 from accel_clip.faults import ConfigError
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.preconditions import prepare
-from helpers.commands import ROOT, accel_clip, small_model
+from helpers.commands import ROOT, accel_clip
 from helpers.kills import count_changes, killed_at, run_forked
+from helpers.models import small_model
 from helpers.patience import HANG_SECONDS
-
-__all__ = ["data", "uninterrupted"]
+from helpers.runs import assert_same_end, config_that_draws, run_to_the_end, run_until
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -99,7 +98,7 @@ def test_what_a_run_would_replace_is_refused_before_anything_starts(data: Path, 
     before = hashes(tmp_path)
     name = what.split(maxsplit=1)[0] if "." in what else ""
     with pytest.raises(ConfigError, match=rf"^output_dir: .*{name}.*(move|mount)"):
-        train(settings(config_for(data, tmp_path / "run")))
+        train(settings(config_that_draws(data, tmp_path / "run")))
     assert hashes(tmp_path) == before
 
 
@@ -123,7 +122,7 @@ def test_folders_beside_what_a_run_writes_stay(data: Path, tmp_path: Path) -> No
     for name in ("export.old", "export.tmp", "pictures", "features/text", "plots"):
         put(run, **{f"{name.replace('/', '__')}__mine_txt": name})
     before = hashes(run)
-    run_to_the_end(config_for(data, run))
+    run_to_the_end(config_that_draws(data, run))
     assert hashes(run).items() >= before.items()
     assert (run / "export" / "open_clip_model.safetensors").is_file()
 
@@ -179,7 +178,7 @@ GONE: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", GONE)
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(data: Path, tmp_path: Path, how: str) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     run_until(config, "step:9")
     GONE[how](tmp_path / "run", tmp_path / "away")
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -190,7 +189,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(data: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_its_disk_is_back(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     run_until(config, "step:9")
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.rename(tmp_path / "disk")
@@ -256,7 +255,7 @@ def go(config: Config) -> None:
 
 @pytest.mark.slow
 def test_two_that_begin_at_the_same_time_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     folder = RunFolder(config.output_dir)
     folder.create()  # another process has built its parts sooner
 
@@ -273,7 +272,7 @@ def test_two_that_begin_at_the_same_time_do_not_share_a_folder(data: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_kill_while_the_settings_are_written_loses_nothing(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     run_until(config, "step:5")
     for number in range(12):
         killed_at(number, tmp_path / "run", lambda: go(config), opened=True)
@@ -285,7 +284,7 @@ def test_a_kill_while_the_settings_are_written_loses_nothing(data: Path, tmp_pat
 def test_settings_that_a_crash_emptied_are_those_of_the_checkpoint(
     data: Path, tmp_path: Path, uninterrupted: Config
 ) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     run_until(config, "step:5")
     (tmp_path / "run" / "config.yaml").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"^seed: .* holds a run with 0, and now it is 1"):
@@ -300,7 +299,7 @@ def weights_in(folder: Path) -> bytes:
 
 @pytest.mark.slow
 def test_a_complete_run_without_its_export_makes_it_again(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     shutil.copytree(uninterrupted.output_dir, tmp_path / "run")
     whole = weights_in(tmp_path / "run" / "export")
     shutil.rmtree(tmp_path / "run" / "export")
@@ -328,7 +327,7 @@ def test_an_export_in_place_that_is_killed_at_any_change_is_made_again(tmp_path:
 
 @pytest.mark.slow
 def test_a_stopped_run_is_exported_from_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
-    run_until(config_for(data, tmp_path / "run"), "latest:6")
+    run_until(config_that_draws(data, tmp_path / "run"), "latest:6")
     export_run(tmp_path / "run", tmp_path / "model")
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
     loaded = open_clip.create_model(f"local-dir:{tmp_path / 'model'}").state_dict()
@@ -340,7 +339,7 @@ def test_a_stopped_run_is_exported_from_its_newest_checkpoint(data: Path, tmp_pa
 @pytest.mark.slow
 def test_a_run_that_watches_a_metric_is_exported_from_its_best_checkpoint(data: Path, tmp_path: Path) -> None:
     watching = {"stop": StopConfig(metric="val/loss", mode="max", patience=99), "checkpoint": CheckpointConfig(every=1)}
-    config = config_for(data, tmp_path / "run", **watching)
+    config = config_that_draws(data, tmp_path / "run", **watching)
     run_to_the_end(config)
     whole = weights_in(tmp_path / "run" / "export")
     best = (tmp_path / "run" / "checkpoints" / "BEST").read_text().strip()
@@ -356,7 +355,7 @@ def test_what_is_no_run_is_not_exported(data: Path, tmp_path: Path, what: str) -
     if what == "a folder of theirs":
         put(run, a_txt="x")
     if what == "a run that saved nothing":
-        run_until(config_for(data, run), "step:1")
+        run_until(config_that_draws(data, run), "step:1")
     with pytest.raises(ConfigError, match="holds no checkpoint that is whole, and no exported model"):
         export_run(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()

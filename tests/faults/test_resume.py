@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from PIL import Image
 
 from accel_clip import Config, train
 from accel_clip.config import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -30,95 +24,7 @@ from accel_clip.config import (
 )
 from accel_clip.faults import ConfigError, NonFiniteError
 from accel_clip.losses.base import LOSSES
-from helpers.commands import SMALL_MODEL
-from helpers.patience import HANG_SECONDS
-
-NUM_PAIRS, BATCH = 48, 8  # 36 or so to train on: four batches an epoch
-NUM_STEPS = 14
-NEVER_EQUAL = ("samples_per_second", "step_time", "data_time", "checkpoint_share")
-forked = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write small pictures with captions, and a model that drops patches."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = numpy.random.default_rng(0)
-    rows = ["image,caption"]
-    for number in range(NUM_PAIRS):
-        colour = generator.integers(0, 255, 3)
-        pixels = numpy.clip(colour + generator.integers(0, 40, (40, 36, 3)), 0, 255).astype(numpy.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(f"{number}.png,picture {number} of colour {colour[0]}")
-    rows[7] = rows[7].partition(",")[0] + ","  # one without a caption, which is replaced and counted
-    (folder / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
-    model = json.loads(SMALL_MODEL)
-    model["vision_cfg"]["patch_dropout"] = 0.5
-    (folder / "drops_patches.json").write_text(json.dumps(model))
-    return folder
-
-
-def config_for(folder: Path, output: Path, **sections: Any) -> Config:
-    """Return settings in which everything that draws or adapts is on."""
-    config = Config(
-        output_dir=str(output),
-        data=DataConfig(train=[str(folder / "pairs.csv")], val_fraction=0.25, workers=0, max_bad_fraction=0.5),
-        model=ModelConfig(str(folder / "drops_patches.json")),
-        optim=OptimConfig(lr=3e-3, warmup=0.2),
-        train=TrainConfig(batch_size=BATCH, steps=NUM_STEPS, threads=1, micro_batch_size=3, activation_gib=0.0005),
-        eval=EvalConfig(every=3),
-        checkpoint=CheckpointConfig(every=2),
-        track=TrackConfig(to=[], every=4),
-    )
-    return replace(config, **sections)
-
-
-def in_a_process(action: Callable[[], object], **environment: str) -> int:
-    """Run an action in a process of its own and return its exit code."""
-
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        action()
-
-    process = forked.Process(target=run)
-    process.start()
-    process.join(HANG_SECONDS)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
-
-def run_until(config: Config, fault: str) -> None:
-    """Train until the fault hook kills the process."""
-    assert in_a_process(lambda: train(config), ACCEL_CLIP_FAULT=fault) == 9
-
-
-def run_to_the_end(config: Config) -> None:
-    assert in_a_process(lambda: train(config)) == 0
-
-
-def ends_of(config: Config) -> tuple[bytes, list[dict[str, Any]], str]:
-    """Return what must be equal: the export's bytes, the points without times, the bad samples."""
-    folder = Path(config.output_dir)
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    comparable = [{key: value for key, value in point.items() if key not in NEVER_EQUAL} for point in points]
-    weights = (folder / "export" / "open_clip_model.safetensors").read_bytes()
-    return weights, comparable, (folder / "bad_samples.jsonl").read_text()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = config_for(data, tmp_path_factory.mktemp("whole") / "run")
-    run_to_the_end(config)
-    return config
-
-
-def assert_same_end(config: Config, reference: Config) -> None:
-    weights, points, bad_samples = ends_of(config)
-    expected_weights, expected_points, expected_bad_samples = ends_of(reference)
-    assert points == expected_points
-    assert weights == expected_weights
-    assert bad_samples == expected_bad_samples
+from helpers.runs import NUM_STEPS, assert_same_end, config_that_draws, ends_of, run_to_the_end, run_until
 
 
 @pytest.mark.parametrize(
@@ -139,7 +45,7 @@ def assert_same_end(config: Config, reference: Config) -> None:
 def test_a_killed_run_ends_like_one_that_was_not(
     data: Path, tmp_path: Path, uninterrupted: Config, faults: list[str]
 ) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     for fault in faults:
         run_until(config, fault)
     run_to_the_end(config)
@@ -152,9 +58,9 @@ def test_the_best_weights_and_early_stopping_survive(data: Path, tmp_path: Path)
         "stop": StopConfig(metric="val/loss", patience=3),
         "train": TrainConfig(batch_size=8, steps=30, threads=1),
     }
-    whole = config_for(data, tmp_path / "whole", **sections)
+    whole = config_that_draws(data, tmp_path / "whole", **sections)
     run_to_the_end(whole)
-    killed = config_for(data, tmp_path / "killed", **sections)
+    killed = config_that_draws(data, tmp_path / "killed", **sections)
     for fault in ("step:4", "step:8"):
         run_until(killed, fault)
     run_to_the_end(killed)
@@ -171,7 +77,7 @@ def test_accumulated_batches_and_a_frozen_tower(data: Path, tmp_path: Path) -> N
         "model": ModelConfig(str(data / "drops_patches.json"), freeze=["text"]),
         "loss": LossConfig("siglip"),
     }
-    whole, killed = (config_for(data, tmp_path / name, **sections) for name in ("whole", "killed"))
+    whole, killed = (config_that_draws(data, tmp_path / name, **sections) for name in ("whole", "killed"))
     run_to_the_end(whole)
     run_until(killed, "step:5")
     run_to_the_end(killed)
@@ -188,7 +94,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted: Config) -> None:
 
 def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(data: Path, tmp_path: Path) -> None:
     sections = {"optim": OptimConfig(lr=1e-3, warmup=0), "track": TrackConfig(to=[], every=1)}
-    short = config_for(data, tmp_path / "run", **sections, train=TrainConfig(batch_size=8, steps=4, threads=1))
+    short = config_that_draws(data, tmp_path / "run", **sections, train=TrainConfig(batch_size=8, steps=4, threads=1))
     run_to_the_end(short)
     run_to_the_end(replace(short, train=replace(short.train, steps=8)))
     points = [point for point in ends_of(short)[1] if "lr" in point]
@@ -218,19 +124,19 @@ def test_a_run_is_not_continued_where_that_is_forbidden(uninterrupted: Config) -
 
 def test_a_run_goes_on_from_a_checkpoint_that_is_named(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
     named = Path(uninterrupted.output_dir) / "checkpoints" / f"step-{NUM_STEPS - 2:08d}"
-    config = config_for(data, tmp_path / "run", checkpoint=CheckpointConfig(every=2, resume=str(named)))
+    config = config_that_draws(data, tmp_path / "run", checkpoint=CheckpointConfig(every=2, resume=str(named)))
     run_to_the_end(config)
     export = Path("export") / "open_clip_model.safetensors"
     assert (tmp_path / "run" / export).read_bytes() == (Path(uninterrupted.output_dir) / export).read_bytes()
     with pytest.raises(ConfigError, match="cannot be used"):
-        train(config_for(data, tmp_path / "other", checkpoint=CheckpointConfig(resume=str(tmp_path))))
+        train(config_that_draws(data, tmp_path / "other", checkpoint=CheckpointConfig(resume=str(tmp_path))))
 
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
     data: Path, tmp_path: Path, uninterrupted: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_for(data, tmp_path / "run")
+    config = config_that_draws(data, tmp_path / "run")
     run_until(config, "latest:8")
     file = tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -247,7 +153,7 @@ def test_fewer_samples_than_before_are_refused(data: Path, tmp_path: Path) -> No
     lines = (data / "pairs.csv").read_text().splitlines()
     table.write_text("\n".join(lines))
     source = DataConfig(train=[str(table)], val_fraction=0, workers=0, max_bad_fraction=0.5)
-    config = config_for(data, tmp_path / "run", data=source)
+    config = config_that_draws(data, tmp_path / "run", data=source)
     run_until(config, "latest:2")
     table.write_text("\n".join(lines[:-3]))
     with pytest.raises(ConfigError, match="it had 48 rows and now has 45"):
@@ -274,7 +180,7 @@ def loss_without_numbers(own_entries: None) -> None:
 
 
 def config_without_numbers(data: Path, output: Path, policy: str, steps: list[int], limit: int = 2) -> Config:
-    return config_for(
+    return config_that_draws(
         data,
         output,
         train=TrainConfig(batch_size=8, steps=6, threads=1, non_finite=policy, non_finite_limit=limit),
@@ -321,7 +227,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_batch(
 
 
 def resumed_from(path: Path, data: Path, output: Path) -> Config:
-    return config_for(data, output, checkpoint=CheckpointConfig(every=2, resume=str(path)))
+    return config_that_draws(data, output, checkpoint=CheckpointConfig(every=2, resume=str(path)))
 
 
 def points_after(config: Config, step: int) -> list[dict[str, Any]]:
@@ -334,7 +240,7 @@ def test_a_run_that_began_at_a_named_checkpoint_goes_on_from_its_own(
     data: Path, tmp_path: Path, uninterrupted: Config, faults: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The same command each time; the first end comes before any checkpoint of its own."""
-    run_until(config_for(data, tmp_path / "other"), "latest:4")
+    run_until(config_that_draws(data, tmp_path / "other"), "latest:4")
     named = tmp_path / "other" / "checkpoints" / "step-00000004"
     config = resumed_from(named, data, tmp_path / "run")
     for fault in faults:
@@ -354,7 +260,7 @@ def test_a_run_that_began_at_a_named_checkpoint_goes_on_from_its_own(
 
 @pytest.mark.slow
 def test_a_run_goes_back_to_its_own_checkpoint_once(data: Path, tmp_path: Path, uninterrupted: Config) -> None:
-    config = config_for(data, tmp_path / "run", checkpoint=CheckpointConfig(every=2, keep=9))
+    config = config_that_draws(data, tmp_path / "run", checkpoint=CheckpointConfig(every=2, keep=9))
     run_until(config, "latest:10")
     checkpoints = tmp_path / "run" / "checkpoints"
     back = replace(config, checkpoint=replace(config.checkpoint, resume=str(checkpoints / "step-00000004")))
@@ -371,8 +277,8 @@ def test_a_run_goes_back_to_its_own_checkpoint_once(data: Path, tmp_path: Path, 
 def test_a_newer_checkpoint_of_the_runs_own_is_not_left_behind(
     data: Path, tmp_path: Path, uninterrupted: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_until(config_for(data, tmp_path / "other"), "latest:4")
-    run_until(config_for(data, tmp_path / "run"), "latest:8")
+    run_until(config_that_draws(data, tmp_path / "other"), "latest:4")
+    run_until(config_that_draws(data, tmp_path / "run"), "latest:8")
     config = resumed_from(tmp_path / "other" / "checkpoints" / "step-00000004", data, tmp_path / "run")
     run_to_the_end(config)
     assert "has step-00000008, which is newer" in capfd.readouterr().err
@@ -381,8 +287,8 @@ def test_a_newer_checkpoint_of_the_runs_own_is_not_left_behind(
 
 @pytest.mark.slow
 def test_an_older_run_in_the_folder_keeps_its_points_up_to_its_checkpoint(data: Path, tmp_path: Path) -> None:
-    run_until(config_for(data, tmp_path / "other"), "latest:10")
-    run_until(config_for(data, tmp_path / "run"), "latest:6")
+    run_until(config_that_draws(data, tmp_path / "other"), "latest:10")
+    run_until(config_that_draws(data, tmp_path / "run"), "latest:6")
     config = resumed_from(tmp_path / "other" / "checkpoints" / "step-00000010", data, tmp_path / "run")
     run_until(config, "step:11")
     run_to_the_end(config)

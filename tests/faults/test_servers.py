@@ -17,7 +17,6 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
-from test_shards import numbered, write_tar
 
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources import connections
@@ -32,6 +31,7 @@ from accel_clip.data.sources.shards.remote import open_remote_shards
 from accel_clip.faults import AccelClipError, ConfigError, DataError
 from accel_clip.process.signals import Interruptible
 from helpers.patience import HANG_SECONDS, within
+from helpers.shards import numbered, write_tar
 from helpers.web import rudely_served
 
 OK = b"HTTP/1.1 200 OK\r\n"

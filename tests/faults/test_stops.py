@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from helpers.commands import CPU_2, ROOT, losses_of, small_model
+from helpers.commands import CPU_2, ROOT, losses_of, outside_of_launches
+from helpers.launches import ALONE, hear_interrupts
+from helpers.models import small_model
 from helpers.patience import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,6 @@ class StayingLoss:
             stay("deaf")
             raise
 '''
-ALONE: tuple[str, ...] = ()
 NUM_STEPS = 4
 
 
@@ -125,23 +124,13 @@ class Folder:
         return status
 
 
-def environment() -> dict[str, str]:
-    left_out = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in left_out} | {"HF_HUB_OFFLINE": "1"}
-
-
-def hear_interrupts() -> None:
-    """Undo what a shell does to a command that it starts in the background: its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def started(folder: Folder, command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """Start a command in a folder; what is left of it at the end is killed."""
     process = subprocess.Popen(
         command,
         cwd=folder.path,
-        env=environment(),
+        env=outside_of_launches(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Image
-from test_data import write_wild_shards
-from test_launches import CPU_2, NUM_STEPS, Folder, export_of, losses_of, status_of
-from test_resume import assert_same_end, config_for, ends_of, in_a_process, run_to_the_end, run_until
 
 from accel_clip import Config, cli, train
 from accel_clip.config import DataConfig
 from helpers import nasty
+from helpers.commands import CPU_2
+from helpers.launches import NUM_STEPS, FolderOfLaunches, export_of, losses_by_step, status_of
+from helpers.models import model_that_drops_patches
+from helpers.pictures import encoded, noise
+from helpers.runs import assert_same_end, config_that_draws, ends_of, in_a_process, points_of, run_to_the_end, run_until
 from helpers.web import Behaviour, served
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ PATTERN = "{shard-0,shard-1,shard-2,shard-wild}.tar"
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wild_shards(tmp_path_factory.mktemp("web") / "shards")
+    return nasty.write_wild_shards(tmp_path_factory.mktemp("web") / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,7 @@ def address(shards: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    Folder(folder)
-    (folder / "small.json").rename(folder / "drops_patches.json")
+    model_that_drops_patches(folder)
     return folder
 
 
@@ -51,7 +52,7 @@ def streamed(models: Path, output: Path, address: str, shards: Path, workers: in
         max_bad_fraction=0.9,
         shuffle_buffer=16,
     )
-    return config_for(models, output, data=data)
+    return config_that_draws(models, output, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,6 @@ def uninterrupted(models: Path, shards: Path, address: str, tmp_path_factory: py
     config = streamed(models, tmp_path_factory.mktemp("whole") / "run", address, shards)
     run_to_the_end(config)
     return config
-
-
-def points_of(config: Config) -> list[dict[str, Any]]:
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_the_run_is_on_all_of_it(uninterrupted: Config) -> None:
@@ -92,11 +88,11 @@ def test_a_killed_run_on_a_streamed_dataset_ends_like_one_that_was_not(
     models: Path, shards: Path, tmp_path: Path
 ) -> None:
     """A folder that `datasets` saved is read like a dataset of the hub, without a network."""
-    pictures = [{"bytes": nasty.encoded(nasty.noise(seed=number)), "path": None} for number in range(40)]
+    pictures = [{"bytes": encoded(noise(seed=number)), "path": None} for number in range(40)]
     columns = {"image": pictures, "caption": [f"picture {number} of noise" * (number != 3) for number in range(40)]}
     Dataset.from_dict(columns).cast_column("image", Image()).save_to_disk(tmp_path / "saved")
     data = replace(streamed(models, tmp_path, "", shards).data, train=[f"hf-stream:{tmp_path / 'saved'}"])
-    whole, killed = (config_for(models, tmp_path / name, data=data) for name in ("whole", "killed"))
+    whole, killed = (config_that_draws(models, tmp_path / name, data=data) for name in ("whole", "killed"))
     run_to_the_end(whole)
     run_until(killed, "step:5")
     run_until(killed, "step:9")
@@ -121,17 +117,17 @@ def test_a_bad_server_changes_nothing(
 def test_two_killed_processes_on_a_stream_end_like_two_that_were_not(
     shards: Path, address: str, tmp_path: Path
 ) -> None:
-    folder = Folder(tmp_path)
+    folder = FolderOfLaunches(tmp_path)
     words = ("--data.train", f"{address}/{PATTERN}", "--data.max_bad_fraction", "0.9", "--data.shuffle_buffer", "16")
     words = (*words, "--data.workers", "1", "--loss.name", "clip")
     assert folder.finish(CPU_2, "whole", *words).code == 0
     assert folder.finish(CPU_2, "killed", *words, ACCEL_CLIP_FAULT="step:5").code != 0
-    assert max(losses_of(tmp_path / "killed")) < 6
+    assert max(losses_by_step(tmp_path / "killed")) < 6
     done = folder.finish(CPU_2, "killed", *words)
     assert done.code == 0 and "going on from" in done.err
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    assert losses_by_step(tmp_path / "killed") == losses_by_step(tmp_path / "whole")
     assert export_of(tmp_path / "killed") == export_of(tmp_path / "whole")
-    assert len(losses_of(tmp_path / "whole")) == NUM_STEPS
+    assert len(losses_by_step(tmp_path / "whole")) == NUM_STEPS
 
 
 def test_a_server_that_goes_away_ends_the_run_which_goes_on_later(

@@ -12,9 +12,6 @@ from pathlib import Path
 from helpers.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
-SMALL_MODEL = """{"embed_dim": 32,
- "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
- "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}"""
 
 
 @dataclass(frozen=True)
@@ -26,13 +23,18 @@ class Finished:
     err: str
 
 
+def outside_of_launches() -> dict[str, str]:
+    """Return the environment without the variables that a launcher sets, and without a network."""
+    of_launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in of_launchers} | {"HF_HUB_OFFLINE": "1"}
+
+
 def run(*words: str, folder: Path, **environment: str) -> Finished:
-    """Run a command in a folder; WORLD_SIZE and the like are taken out of its environment."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    """Run a command in a folder, outside of any launch."""
     done = subprocess.run(
         words,
         cwd=folder,
-        env={**kept, "HF_HUB_OFFLINE": "1", **environment},
+        env={**outside_of_launches(), **environment},
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -66,13 +68,6 @@ def without_torch(folder: Path) -> dict[str, str]:
     (folder / "blocked" / "torch").mkdir(parents=True)
     (folder / "blocked" / "torch" / "__init__.py").write_text("raise SystemExit('torch is imported')\n")
     return {"PYTHONPATH": str(folder / "blocked")}
-
-
-def small_model(folder: Path) -> str:
-    """Write the description of a model that trains in milliseconds and return its path."""
-    file = folder / "small.json"
-    file.write_text(SMALL_MODEL)
-    return str(file)
 
 
 def losses_of(folder: Path) -> list[float]:

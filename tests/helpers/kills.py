@@ -9,16 +9,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers.patience import HANG_SECONDS
+
 CHANGING = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 fork = multiprocessing.get_context("fork")
 
 
-def run_forked(action: Callable[[], object], timeout: float = 120) -> int | None:
+def run_forked(action: Callable[[], object], **environment: str) -> int:
     """Run an action in a process of its own and return its exit code, negative for a signal."""
-    process = fork.Process(target=action)
+
+    def child() -> None:
+        os.environ.update(environment)
+        action()
+
+    process = fork.Process(target=child)
     process.start()
-    process.join(timeout)
-    if process.is_alive():
+    process.join(HANG_SECONDS)
+    if process.exitcode is None:
         process.kill()
         raise AssertionError("the process hangs")
     return process.exitcode

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
+from helpers.pictures import encoded, noise
+
 FINE = "fine"
 FORMS = ("table", "folder", "shard")
 ORIENTATION = 0x0112
@@ -38,18 +40,6 @@ class Sample:
     outcome: str = FINE
     forms: tuple[str, ...] = FORMS
     link: str | None = None
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """Return a picture as the bytes of a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """Return a picture of coloured noise."""
-    return Image.fromarray(numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8))
 
 
 def bag() -> list[Sample]:
@@ -212,3 +202,25 @@ def write_shard(samples: list[Sample], root: Path) -> str:
 def as_bytes(text: str | bytes) -> bytes:
     """Return a text in UTF-8."""
     return text.encode() if isinstance(text, str) else text
+
+
+def good(name: str, seed: int) -> Sample:
+    """Return a sample that can be used."""
+    return Sample(name, encoded(noise(seed=seed)), f"picture {name} of noise")
+
+
+def write_cut_shards(folder: Path, num_shards: int, samples_a_shard: int) -> Path:
+    """Write shards of good samples; each is cut off inside of its last picture, which can therefore not be used."""
+    folder.mkdir()
+    for shard in range(num_shards):
+        names = [f"{shard}_{number}" for number in range(samples_a_shard - 1)]
+        written = write_shard([good(name, seed) for seed, name in enumerate(names, 100 * shard)], folder)
+        Path(written).rename(folder / f"shard-{shard}.tar")
+    return folder
+
+
+def write_wild_shards(folder: Path) -> Path:
+    """Write shards that are cut off, one of which holds everything that is found in the wild."""
+    write_cut_shards(folder, 3, 20)
+    Path(write_shard(held_by("shard", 60), folder)).rename(folder / "shard-wild.tar")
+    return folder

@@ -38,9 +38,10 @@ from accel_clip.models.teacher import build_teacher
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.step.chunks import Plan
 from accel_clip.step.contrastive import ContrastiveStep
-from helpers.commands import ROOT, SMALL_MODEL, train_py
+from helpers.commands import ROOT, train_py
 from helpers.comparison import assert_equal_to_rounding, in_float64, rounding
 from helpers.emulation import on_all
+from helpers.models import SMALL_MODEL
 
 CAPTIONS = ["a frog", "two cats on a mat", "a frog", "一只青蛙", "one white peahen on wet grass", "A Bird!"]
 CPU = torch.device("cpu")

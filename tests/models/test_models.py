@@ -21,8 +21,8 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.freezing import freeze, freeze_unused
 from accel_clip.models.training_model import TrainingModel, clamp_logit_scale
-from helpers.commands import small_model
 from helpers.comparison import assert_equal_to_rounding, in_float64, rounding
+from helpers.models import small_model
 
 CASES = {
     "json": {},
@@ -221,17 +221,6 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "export" / "open_clip_model.safetensors"
     loaded = build_model(ModelConfig(name, pretrained=str(file))).clip.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in load_file(file).items())
-
-
-def test_a_pickle_that_is_not_weights_is_refused_and_not_run(tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"state_dict": Payload()}, tmp_path / "bad.pt")
-    with pytest.raises(ConfigError, match=r"model\.pretrained"):
-        build_model(ModelConfig(small_model(tmp_path), pretrained=str(tmp_path / "bad.pt")))
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_json_file_cannot_take_another_models_name(tmp_path: Path) -> None:

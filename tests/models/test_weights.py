@@ -19,7 +19,8 @@ from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.torch_script import read_torch_script
-from helpers.commands import SMALL_MODEL, small_model, train_py
+from helpers.commands import train_py
+from helpers.models import SMALL_MODEL, small_model
 
 State = dict[str, Tensor]
 

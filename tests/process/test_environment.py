@@ -15,7 +15,8 @@ from accel_clip.config import TrainConfig
 from accel_clip.faults import ConfigError
 from accel_clip.process.accelerator import build_accelerator, process_as_found
 from accel_clip.process.environment import check_environment
-from helpers.commands import accel_clip, launch, small_model, train_py
+from helpers.commands import accel_clip, launch, train_py
+from helpers.models import small_model
 
 READERS = ("getenv", "parse_flag_from_env", "parse_choice_from_env", "get_int_from_env")
 OF_MAPPINGS = ("get", "pop", "setdefault")

@@ -14,8 +14,9 @@ from accel_clip.config import ModelConfig
 from accel_clip.models.build import build_model
 from accel_clip.process.accelerator import choose_precision
 from accel_clip.randomness import derive_seed
-from helpers.commands import CPU_2, launch, small_model, train_py
+from helpers.commands import CPU_2, launch, losses_of, train_py
 from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, rounding
+from helpers.models import small_coca, small_model
 
 PLUGIN = '''
 import open_clip
@@ -59,28 +60,12 @@ def words_for(folder: Path, loss: str, output: str) -> list[str]:
     return [*words, "--output_dir", output, *FIVE_STEPS, *QUIET]
 
 
-def small_coca(folder: Path) -> str:
-    """Write the description of a CoCa model that trains in milliseconds and return its path."""
-    described = json.loads(Path(small_model(folder)).read_text())
-    described["vision_cfg"].update(attentional_pool=True, attn_pooler_heads=2, output_tokens=True)
-    described["text_cfg"].update(embed_cls=True, output_tokens=True, context_length=16)
-    described.update(custom_text=True, multimodal_cfg={**described["text_cfg"], "layers": 1})
-    for key in ("embed_cls", "output_tokens"):
-        del described["multimodal_cfg"][key]
-    (folder / "small_coca.json").write_text(json.dumps(described))
-    return str(folder / "small_coca.json")
-
-
 def teacher_of(folder: Path) -> str:
     """Write weights for a teacher and return the options of `distill`."""
     torch.manual_seed(9)
     teacher = build_model(ModelConfig(small_model(folder)))
     save_file(dict(teacher.clip.state_dict()), folder / "teacher.safetensors")
     return json.dumps({"teachers": {"name": small_model(folder), "pretrained": str(folder / "teacher.safetensors")}})
-
-
-def losses_of(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
 
 
 RECOMPUTED = ("--train.micro_batch_size", "3", "--train.activation_gib", "0")

@@ -14,6 +14,7 @@ import pytest
 
 from accel_clip.process.signals import StopAsked, StopSignals, following_launcher, has_launcher
 from helpers.commands import ROOT
+from helpers.launches import hear_interrupts
 from helpers.patience import HANG_SECONDS
 
 RUNS_STEPS = """
@@ -65,11 +66,6 @@ def start(code: str, *words: str, **environment: str) -> subprocess.Popen[str]:
         start_new_session=True,
         preexec_fn=hear_interrupts,  # noqa: PLW1509  sets a handler alone
     )
-
-
-def hear_interrupts() -> None:
-    """Undo what a shell does to a command that it starts in the background: its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_line(process: subprocess.Popen[str], line: str) -> None:

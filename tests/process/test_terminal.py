@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from accel_clip.process.terminal import lasting_output
-from helpers.commands import ROOT, losses_of, small_model
+from helpers.commands import ROOT, losses_of
+from helpers.models import small_model
 from helpers.patience import HANG_SECONDS
 
 SAYS = """

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_processes import small_coca
 
 from accel_clip.config import Config, ModelConfig
 from accel_clip.faults import ConfigError
@@ -21,7 +20,8 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.export import exported_model, write_export
 from accel_clip.models.tower_files import placed
 from accel_clip.run.rebuilding import build_for_run, prove_export
-from helpers.commands import SMALL_MODEL, accel_clip, losses_of, run, small_model, train_py
+from helpers.commands import accel_clip, losses_of, run, train_py
+from helpers.models import SMALL_MODEL, small_coca, small_model
 
 LOADED = """
 import sys, json, torch, open_clip

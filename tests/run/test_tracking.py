@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ from accelerate.utils import LoggerType
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from accel_clip import Config, train
-from accel_clip.config import DataConfig, EvalConfig, ModelConfig, TrackConfig, TrainConfig
+from accel_clip.config import DataConfig, TrackConfig
 from accel_clip.faults import StorageError
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.tracking import Tracking
-from helpers.commands import CPU_2, launch, losses_of, small_model
+from helpers.commands import CPU_2, launch, losses_of
+from helpers.launches import status_of
+from helpers.models import small_model
+from helpers.runs import short_config
 
 FAKE_WANDB = r"""
 import os
@@ -65,18 +67,8 @@ RecordWriter.write = full
 
 
 def config_for(folder: Path, *trackers: str) -> Config:
-    return Config(
-        output_dir=str(folder / "run"),
-        data=DataConfig(train=["demo"], workers=0),
-        model=ModelConfig(small_model(folder)),
-        train=TrainConfig(batch_size=8, steps=3, threads=1),
-        eval=EvalConfig(every=100),
-        track=TrackConfig(to=list(trackers), every=1),
-    )
-
-
-def status_of(config: Config) -> dict[str, Any]:
-    return json.loads((Path(config.output_dir) / "STATUS.json").read_text())
+    data, track = DataConfig(train=["demo"], workers=0), TrackConfig(to=list(trackers), every=1)
+    return short_config(folder / "run", "demo", small_model(folder), steps=3, data=data, track=track)
 
 
 @pytest.fixture
@@ -112,7 +104,11 @@ def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line(
     with pytest.raises(StorageError, match=r"run/tensorboard: .*No space left on device.*track\.to") as caught:
         train(config)
     assert "\n" not in str(caught.value)
-    assert (status_of(config)["state"], status_of(config)["exit_code"]) == ("failed", 5)
+    status = status_of(Path(config.output_dir))
+    assert (status["state"], status["exit_code"]) == (
+        "failed",
+        5,
+    )
     assert "Traceback" not in capfd.readouterr().err  # of the thread that writes
     monkeypatch.undo()
     assert train(config).num_steps == 3 and len(losses_of(tmp_path / "run")) == 3
@@ -128,9 +124,9 @@ def test_a_disk_that_is_full_at_the_last_flush_leaves_the_run_to_be_finished(
     config = config_for(tmp_path, "tensorboard")
     with pytest.raises(StorageError, match="quota"):
         train(config)
-    assert status_of(config)["state"] == "failed"
+    assert status_of(Path(config.output_dir))["state"] == "failed"
     monkeypatch.undo()
-    assert train(config).num_steps == 3 and status_of(config)["state"] == "complete"
+    assert train(config).num_steps == 3 and status_of(Path(config.output_dir))["state"] == "complete"
 
 
 def test_something_in_the_place_of_tensorboards_folder_is_told_at_the_start(tmp_path: Path) -> None:
@@ -150,7 +146,7 @@ def test_another_tracker_that_fails_is_said_once_and_left_out(
     assert train(config).num_steps == 3
     said = [line for line in capfd.readouterr().err.splitlines() if "wandb" in line and "warning" in line]
     assert len(said) == 1 and f"no server at {fails} second line" in said[0]
-    assert len(losses_of(tmp_path / "run")) == 3 and status_of(config)["state"] == "complete"
+    assert len(losses_of(tmp_path / "run")) == 3 and status_of(Path(config.output_dir))["state"] == "complete"
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert wandb.exists() == (fails == "finish")
 
@@ -192,7 +188,7 @@ def test_two_processes_end_together_or_go_on_together(tmp_path: Path, wandb: Pat
     if full:
         assert ended.code != 0 and ended.err.count("accel-clip: error: ") == 1 and "No space left" in ended.err
         assert "another process ended" not in ended.err
-        assert status_of(replace(config_for(tmp_path), output_dir=str(tmp_path / "run")))["exit_code"] == 5
+        assert status_of(tmp_path / "run")["exit_code"] == 5
     else:
         assert ended.code == 0, ended.err
         assert ended.err.count("left out, the run goes on") == 1 and len(losses_of(tmp_path / "run")) == 4

@@ -25,8 +25,8 @@ from accel_clip.step.chunks import Plan as SidedPlan
 from accel_clip.step.chunks import cut_batch
 from accel_clip.step.contrastive import ContrastiveStep
 from accel_clip.step.plan import ModelTrial, choose_plan, graph_bytes
-from helpers.commands import small_model
 from helpers.comparison import assert_equal_to_rounding, in_float64
+from helpers.models import small_model
 
 NUM_PAIRS = 13
 

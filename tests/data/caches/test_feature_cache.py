@@ -38,8 +38,9 @@ from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
-from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
+from helpers.commands import CPU_2, launch, losses_of, train_py
 from helpers.comparison import ADDITIONS_OF_A_STEP, assert_equal_to_rounding, rounding
+from helpers.models import small_model
 
 NUM_PICTURES, NUM_PAIRS, BROKEN = 18, 21, 5
 DATA = DataConfig(caption_key=["caption", "title"], val_fraction=0, augmentation="none", workers=0)

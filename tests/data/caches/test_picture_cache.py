@@ -40,7 +40,8 @@ from accel_clip.files.names import DRAFT, beside, unfinished
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
-from helpers.commands import CPU_2, launch, losses_of, small_model, train_py
+from helpers.commands import CPU_2, launch, losses_of, train_py
+from helpers.models import small_model
 
 NUM_REPEATED = 3
 PROGRAM_ARGUMENTS = ("train.py", "")

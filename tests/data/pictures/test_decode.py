@@ -23,15 +23,10 @@ from torchvision.transforms import RandomResizedCrop
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.pictures.augmentation import cropped, pixels_of, random_box, resized, smallest_box, training_scale
 from accel_clip.data.pictures.decode import ScaleFor, decode_picture, decode_small
+from helpers.pictures import encoded
 
 MAX_PIXELS = 1e6
 ORIENTATION = 0x0112
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def problem_of(image: Image.Image | bytes | Path, max_pixels: float = MAX_PIXELS) -> UnusableSample:

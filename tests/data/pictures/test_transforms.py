@@ -30,7 +30,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.models.build import ClipModel, build_model
 from accel_clip.randomness import derive_seed, seeded_everywhere
 from accel_clip.run.preconditions import check_names
-from helpers.commands import small_model
+from helpers.models import small_model
 
 SIZE, MEAN = 32, (0.48145466, 0.4578275, 0.40821073)
 MANY: list[str | dict[str, Any]] = [

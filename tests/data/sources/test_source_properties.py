@@ -21,7 +21,6 @@ from typing import Any
 
 from hypothesis import strategies as st
 from PIL import Image
-from test_table_properties import check, picture, quick_and_slow
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import REASONS, UnusableSample
@@ -32,6 +31,8 @@ from accel_clip.data.sources.folders.caption_files import CaptionFiles
 from accel_clip.data.sources.resolve import open_item, open_source
 from accel_clip.data.sources.shards.local import TarShards
 from accel_clip.data.sources.shards.remote import RemoteShards
+from helpers.generated import check, quick_and_slow
+from helpers.pictures import numbered_picture
 from helpers.web import served
 
 Outcome = tuple[bytes, tuple[str, ...]] | None
@@ -40,7 +41,7 @@ Outcome = tuple[bytes, tuple[str, ...]] | None
 PICTURES = ("jpeg", "jpg", "png", "webp")  # of two with one name in a shard, the first by the alphabet counts
 TEXTS = ("txt", "caption")
 NUM_PICTURES = 5
-WHOLE = tuple(picture(number) for number in range(NUM_PICTURES))
+WHOLE = tuple(numbered_picture(number) for number in range(NUM_PICTURES))
 BROKEN = (b"", WHOLE[0][:-40], WHOLE[1][:20], b"<html>not found</html>", b"version https://git-lfs\n", bytes(600))
 GOOD = "anchor"  # a pair that is always there, without which a folder may be one of classes
 

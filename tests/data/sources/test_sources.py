@@ -31,6 +31,8 @@ from accel_clip.data.sources.tables import table
 from accel_clip.data.sources.text_files import read_text
 from accel_clip.faults import ConfigError, DataError
 from accel_clip.randomness import fraction_of
+from helpers.pictures import plain, write_plain
+from helpers.sources import captions_of, opened, problem_of
 
 CHINESE = ["池塘边的青蛙", "一只白色的孔雀", "两个孩子在沙滩上玩耍", "红色的汽车停在房子前面", "企鹅站在冰上"]
 TRADITIONAL = ["青蛙在池塘邊", "一隻白色的孔雀", "兩個孩子在海灘上玩耍", "紅色的汽車停在房子前面", "企鵝站在冰上"]
@@ -52,36 +54,10 @@ FRENCH = [
 ]
 
 
-def png(colour: str | tuple[int, int, int] = "red", size: tuple[int, int] = (8, 8)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def picture(path: Path, colour: str | tuple[int, int, int] = "red") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(colour))
-    return path
-
-
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode(encoding))
     return path
-
-
-def captions(source) -> list[tuple[str, ...]]:
-    return [source[index].captions for index in range(len(source))]
-
-
-def opened(item, **settings):
-    return open_source(str(item) if isinstance(item, Path) else item, DataConfig(**settings))
-
-
-def problem_of(source, index: int = 0) -> UnusableSample:
-    with pytest.raises(UnusableSample) as caught:
-        source[index]
-    return caught.value
 
 
 # --- real data
@@ -93,11 +69,11 @@ def test_stamps_table(stamps):
         rows = list(csv.DictReader(file))
     source = opened(path)
     assert len(source) == len(rows) == 785
-    assert captions(source) == [(row["caption"].strip(),) for row in rows]
+    assert captions_of(source) == [(row["caption"].strip(),) for row in rows]
     chinese = opened(path, caption_key=["caption_zh"])
-    assert sum(texts == () for texts in captions(chinese)) == 72
+    assert sum(texts == () for texts in captions_of(chinese)) == 72
     both = opened(path, caption_key=["caption", "caption_zh"])
-    assert sum(len(texts) for texts in captions(both)) == 785 + 785 - 72
+    assert sum(len(texts) for texts in captions_of(both)) == 785 + 785 - 72
     assert [both[index].label for index in range(785)] == [row["category"] for row in rows]
     sizes = {decode_picture(source[index].image, 50e6).mode for index in range(0, 785, 20)}
     assert sizes == {"RGB"}
@@ -105,7 +81,7 @@ def test_stamps_table(stamps):
 
 def test_stamps_folder_is_its_metadata_table(stamps):
     folder, file = opened(stamps), opened(stamps / "captions.csv")
-    assert captions(folder) == captions(file)
+    assert captions_of(folder) == captions_of(file)
     assert [folder.key(index) for index in range(785)] == [file.key(index) for index in range(785)]
 
 
@@ -142,25 +118,25 @@ def test_encodings_are_found_and_guesses_are_said(encoding, texts, suffix, tmp_p
     else:
         lines = ["file_name,caption", *lines]
     path = write(tmp_path / f"pairs{suffix}", "\n".join(lines), encoding)
-    assert captions(opened(path)) == [(text,) for text in texts]
+    assert captions_of(opened(path)) == [(text,) for text in texts]
     said = capsys.readouterr().err
     assert ("data.encoding" in said and str(path) in said) == (not encoding.startswith("utf"))
 
 
 def test_guess_looks_beyond_a_plain_beginning(tmp_path):
     path = write(tmp_path / "pairs.csv", "image,caption\n" + "a.png,x\n" * 3000 + "b.png,池塘边的青蛙\n", "gb18030")
-    assert captions(opened(path))[-1] == ("池塘边的青蛙",)
+    assert captions_of(opened(path))[-1] == ("池塘边的青蛙",)
 
 
 def test_encoding_that_is_given_wins_over_a_guess_and_nothing_is_said(tmp_path, capsys):
     path = write(tmp_path / "pairs.csv", "image,caption\na.png,été\n", "cp1252")
-    assert captions(opened(path, encoding="cp437")) == [("ΘtΘ",)]
+    assert captions_of(opened(path, encoding="cp437")) == [("ΘtΘ",)]
     assert capsys.readouterr().err == ""
 
 
 def test_byte_order_mark_wins_over_the_encoding_that_is_given(tmp_path):
     path = write(tmp_path / "pairs.csv", "image,caption\na.png,青蛙\n", "utf-8-sig")
-    assert captions(opened(path, encoding="gb18030")) == [("青蛙",)]
+    assert captions_of(opened(path, encoding="gb18030")) == [("青蛙",)]
 
 
 def test_text_that_does_not_decode_names_line_and_byte(tmp_path):
@@ -188,17 +164,17 @@ def test_unknown_encoding(tmp_path):
 def test_separator_is_found_in_the_header(separator, tmp_path):
     quoted = f'"one{separator} two"'
     text = separator.join(["image", "caption", "note"]) + "\n" + separator.join(["a.png", quoted, "x,y;z"[:1]]) + "\n"
-    assert captions(opened(write(tmp_path / "pairs.csv", text))) == [(f"one{separator} two",)]
+    assert captions_of(opened(write(tmp_path / "pairs.csv", text))) == [(f"one{separator} two",)]
 
 
 def test_tsv_is_cut_at_tabs_alone(tmp_path):
     path = write(tmp_path / "pairs.tsv", "image\tcaption\na.png\tone, two; three\n")
-    assert captions(opened(path)) == [("one, two; three",)]
+    assert captions_of(opened(path)) == [("one, two; three",)]
 
 
 def test_quotes_with_newlines_and_quotes_and_blank_lines(tmp_path):
     text = 'image,caption\r\na.png,"two\r\nlines"\r\n\r\nb.png,"a ""frog"""\r\nc.png,5" stamp\r\n'
-    assert captions(opened(write(tmp_path / "pairs.csv", text))) == [("two\r\nlines",), ('a "frog"',), ('5" stamp',)]
+    assert captions_of(opened(write(tmp_path / "pairs.csv", text))) == [("two\r\nlines",), ('a "frog"',), ('5" stamp',)]
 
 
 @pytest.mark.parametrize(
@@ -220,12 +196,12 @@ def test_rows_that_cannot_be_cut_name_file_and_line(rows, line, tmp_path):
 @pytest.mark.parametrize("word", ["NA", "null", "None", "nan", "N/A", "n/a", "NaN", "#N/A", "true", "1"])
 def test_every_caption_is_a_word(word, tmp_path):
     path = write(tmp_path / "pairs.csv", f'image,caption\na.png,{word}\nb.png,"{word}"\n')
-    assert captions(opened(path)) == [(word,), (word,)]
+    assert captions_of(opened(path)) == [(word,), (word,)]
 
 
 def test_empty_captions_are_none_and_white_space_is_stripped(tmp_path):
     path = write(tmp_path / "pairs.csv", 'image,caption\na.png,\nb.png,"  "\nc.png, \u3000frog \n')
-    assert captions(opened(path)) == [(), (), ("frog",)]
+    assert captions_of(opened(path)) == [(), (), ("frog",)]
 
 
 def test_a_caption_that_is_too_large_costs_its_row_alone(tmp_path):
@@ -246,7 +222,7 @@ def test_json_lines_with_lists_missing_and_unlike_cells(tmp_path):
         '{"image": "f.png", "caption": "half \\ud83d"}',
     ]
     source = opened(write(tmp_path / "pairs.jsonl", "\n".join(rows)))
-    assert captions(source) == [("one", "two"), ("three",), (), (), (), ("half ?",)]
+    assert captions_of(source) == [("one", "two"), ("three",), (), (), (), ("half ?",)]
     assert [source.key(index) for index in range(6)] == [f"{letter}.png" for letter in "abcdef"]
 
 
@@ -254,7 +230,7 @@ def test_json_lines_with_captions_that_come_late(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "ROWS_AT_ONCE", 2)
     rows = [{"image": "a"}, {"image": "b"}, {"image": "c", "caption": "x"}, {"image": "d", "caption": ["y", "z"]}]
     source = opened(write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows))))
-    assert captions(source) == [(), (), ("x",), ("y", "z")]
+    assert captions_of(source) == [(), (), ("x",), ("y", "z")]
 
 
 @pytest.mark.parametrize("line", ["{'image': 'a.png'}", "[1]", "{", "[" * 100_000])
@@ -266,24 +242,24 @@ def test_json_lines_that_are_none_name_the_line(line, tmp_path):
 
 def test_parquet_with_paths_bytes_structs_lists_and_missing_cells(tmp_path):
     cells = {
-        "image": [{"bytes": png("red"), "path": "same.png"}, {"bytes": png("blue"), "path": "same.png"}, None],
+        "image": [{"bytes": plain("red"), "path": "same.png"}, {"bytes": plain("blue"), "path": "same.png"}, None],
         "caption": [["one", "two"], [], None],
     }
     pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "structs.parquet")
     source = opened(tmp_path / "structs.parquet")
     assert [source.captions(index) for index in range(3)] == [(("one", "two"), ()), ((), ()), ((), ())]
-    assert [source[index].image for index in range(2)] == [png("red"), png("blue")]
+    assert [source[index].image for index in range(2)] == [plain("red"), plain("blue")]
     assert problem_of(source, 2).reason == "missing_file"
 
-    flat = pyarrow.table({"photo": [png("red"), png("red")], "text": ["nan", "y"]})
+    flat = pyarrow.table({"photo": [plain("red"), plain("red")], "text": ["nan", "y"]})
     pyarrow.parquet.write_table(flat, tmp_path / "bytes.parquet")
     source = opened(tmp_path / "bytes.parquet")
-    assert (source[0].image, source[0].captions) == (png("red"), ("nan",))
+    assert (source[0].image, source[0].captions) == (plain("red"), ("nan",))
     assert source.key(0) == source.key(1)
 
     paths = pyarrow.table({"image": pyarrow.array(["a.png"], pyarrow.large_string()), "caption": ["x"], "label": [3]})
     pyarrow.parquet.write_table(paths, tmp_path / "paths.parquet")
-    picture(tmp_path / "a.png")
+    write_plain(tmp_path / "a.png")
     pair = opened(tmp_path / "paths.parquet")[0]
     assert pair == Pair((tmp_path / "a.png").resolve(), ("x",), "3")
 
@@ -292,7 +268,7 @@ def test_parquet_that_was_written_anew_is_read_anew(tmp_path):
     path = tmp_path / "pairs.parquet"
     for text in ("old", "new"):
         pyarrow.parquet.write_table(pyarrow.table({"image": ["a.png"], "caption": [text]}), path)
-        assert captions(opened(path)) == [(text,)]
+        assert captions_of(opened(path)) == [(text,)]
 
 
 @pytest.mark.parametrize("name", ["pairs.parquet", "pairs.csv", "pairs.jsonl"])
@@ -309,7 +285,7 @@ def test_headers_alone_duplicates_and_nameless_columns(tmp_path):
     with pytest.raises(DataError, match="'caption' stands twice"):
         opened(write(tmp_path / "twice.csv", "image,caption,caption\na,b,c\n"))
     source = opened(write(tmp_path / "index.csv", ",image,caption,,\n0,a.png,x,,\n"))
-    assert captions(source) == [("x",)]
+    assert captions_of(source) == [("x",)]
 
 
 def test_unknown_columns_name_the_setting_the_columns_and_the_nearest(tmp_path):
@@ -331,7 +307,7 @@ def test_unknown_columns_name_the_setting_the_columns_and_the_nearest(tmp_path):
 def test_columns_of_an_item_win_over_those_of_the_section(tmp_path):
     path = write(tmp_path / "pairs.csv", "photo,a,b\nx.png,one,two\n")
     item = SourceConfig(str(path), image_key="photo", caption_key=["b", "a"])
-    assert captions(opened(item, image_key="none", caption_key=["none"])) == [("two", "one")]
+    assert captions_of(opened(item, image_key="none", caption_key=["none"])) == [("two", "one")]
 
 
 def weighted_table(folder: Path, suffix: str) -> Path:
@@ -342,7 +318,7 @@ def weighted_table(folder: Path, suffix: str) -> Path:
         {"image": "a.png", "title": "one", "alt": [], "note": "n"},
         {"image": "a.png", "title": "  ", "alt": [" "], "note": "n"},
     ]
-    picture(folder / "a.png")
+    write_plain(folder / "a.png")
     path = folder / f"pairs{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -392,7 +368,7 @@ def test_a_weight_of_a_column_that_is_not_there_names_the_nearest(tmp_path):
 
 
 def test_folders_of_text_files_show_their_lines_alike_whatever_columns_weigh(tmp_path):
-    picture(tmp_path / "a.png")
+    write_plain(tmp_path / "a.png")
     write(tmp_path / "a.txt", "one\ntwo\n")
     pair = opened(tmp_path, caption_key={"title": 1.0, "alt": 4.0})[0]
     assert (pair.captions, pair.weights) == (("one", "two"), ())
@@ -401,7 +377,7 @@ def test_folders_of_text_files_show_their_lines_alike_whatever_columns_weigh(tmp
 def test_usual_columns_in_any_case_and_in_order(tmp_path):
     path = write(tmp_path / "pairs.csv", "Title,Caption,File_Name\nx,y,a.png\n")
     source = opened(path)
-    assert captions(source) == [("y",)] and source.key(0) == "a.png"
+    assert captions_of(source) == [("y",)] and source.key(0) == "a.png"
 
 
 def test_captions_that_are_objects_are_refused(tmp_path):
@@ -421,20 +397,20 @@ def test_addresses_are_no_paths(tmp_path):
 def test_cjk_spaces_and_windows_paths(tmp_path):
     names = ["图片/青蛙 一.png", "images/a b.png", "images/c.png"]
     for name in names:
-        picture(tmp_path / name)
+        write_plain(tmp_path / name)
     path = write(tmp_path / "pairs.csv", "image,caption\n图片/青蛙 一.png,x\nimages/a b.png,y\nimages\\c.png,z\n")
     source = opened(path)
     assert [source[index].image for index in range(3)] == [(tmp_path / name).resolve() for name in names]
 
 
 def test_paths_stay_inside_the_root_links_resolved(tmp_path):
-    inside, outside = tmp_path / "data", picture(tmp_path / "secret" / "a.png")
-    real = picture(inside / "real.png")
+    inside, outside = tmp_path / "data", write_plain(tmp_path / "secret" / "a.png")
+    real = write_plain(inside / "real.png")
     (inside / "link.png").symlink_to(outside)
     (inside / "folder").symlink_to(outside.parent)
     (inside / "good.png").symlink_to(real)
     (inside.parent / "data2").mkdir()
-    picture(inside.parent / "data2" / "b.png")
+    write_plain(inside.parent / "data2" / "b.png")
     cells = [
         *("../secret/a.png", str(outside), "link.png", "folder/a.png", "../data2/b.png", "x/../../secret/a.png"),
         *("real.png", str(real), "good.png", "missing.png"),
@@ -456,7 +432,7 @@ def test_paths_stay_inside_the_root_links_resolved(tmp_path):
 
 
 def test_image_root_through_a_link(tmp_path):
-    real = picture(tmp_path / "real" / "a.png")
+    real = write_plain(tmp_path / "real" / "a.png")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     path = write(tmp_path / "pairs.csv", f"image,caption\na.png,x\n{tmp_path}/link/a.png,y\n")
     source = opened(path, image_root=str(tmp_path / "link"))
@@ -532,44 +508,44 @@ def test_pictures_that_differ_in_a_few_pixels_are_different_pictures(tmp_path, f
 
 
 def test_folder_with_a_metadata_table_of_any_kind(tmp_path):
-    picture(tmp_path / "a" / "x.png")
+    write_plain(tmp_path / "a" / "x.png")
     write(tmp_path / "csv" / "metadata.csv", "file_name,text\nx.png,from csv\n")
     write(tmp_path / "jsonl" / "metadata.jsonl", '{"file_name": "x.png", "text": "from jsonl"}')
     (tmp_path / "parquet").mkdir()
     columns = {"file_name": ["x.png"], "text": ["from parquet"]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "parquet" / "metadata.parquet")
     for kind in ("csv", "jsonl", "parquet"):
-        assert captions(opened(tmp_path / kind)) == [(f"from {kind}",)]
+        assert captions_of(opened(tmp_path / kind)) == [(f"from {kind}",)]
 
 
 def test_folder_with_text_files(tmp_path):
     for name in ("b.PNG", "a.jpg", "deep/c.webp", "without.png", ".hidden.png", "._a.jpg"):
-        picture(tmp_path / name)
+        write_plain(tmp_path / name)
     write(tmp_path / "a.txt", "\ufefffirst line\r\n second line \r\n\r\n")
     write(tmp_path / "b.TXT", "一只青蛙")
     write(tmp_path / "deep" / "c.txt", "\n \n")
     write(tmp_path / "README.md", "x")
     source = opened(tmp_path)
     assert [source.key(index) for index in range(len(source))] == ["a.jpg", "b.PNG", "deep/c.webp", "without.png"]
-    assert captions(source) == [("first line", "second line"), ("一只青蛙",), (), ()]
+    assert captions_of(source) == [("first line", "second line"), ("一只青蛙",), (), ()]
     assert source[0].image == (tmp_path / "a.jpg").resolve()
 
 
 def test_text_files_in_another_encoding_are_guessed_once_and_said(tmp_path, capsys):
     for number, text in enumerate([*CHINESE, "frog"]):
-        picture(tmp_path / f"{number}.png")
+        write_plain(tmp_path / f"{number}.png")
         write(tmp_path / f"{number}.txt", text, "gb18030")
-    picture(tmp_path / "utf8.png")
+    write_plain(tmp_path / "utf8.png")
     write(tmp_path / "utf8.txt", "青蛙")
     source = opened(tmp_path)
-    assert captions(source) == [(text,) for text in [*CHINESE, "frog", "青蛙"]]
+    assert captions_of(source) == [(text,) for text in [*CHINESE, "frog", "青蛙"]]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "gb18030" in said and "data.encoding" in said
 
 
 def test_text_file_that_does_not_decode_costs_its_pair_alone(tmp_path):
     for name in ("a", "b"):
-        picture(tmp_path / f"{name}.png")
+        write_plain(tmp_path / f"{name}.png")
     write(tmp_path / "a.txt", "frog")
     (tmp_path / "b.txt").write_bytes(b"\xff\x80\x81 frog")
     source = opened(tmp_path, encoding="utf-8")
@@ -580,7 +556,7 @@ def test_text_file_that_does_not_decode_costs_its_pair_alone(tmp_path):
 
 def test_folder_per_class(tmp_path):
     for name in ("sea_lion/1.png", "sea_lion/more/2.png", "polar-bear/1.jpg", "empty/readme.txt"):
-        picture(tmp_path / name)
+        write_plain(tmp_path / name)
     source = opened(tmp_path)
     pairs = [source[index] for index in range(len(source))]
     assert [(pair.captions, pair.label) for pair in pairs] == [
@@ -595,7 +571,7 @@ def test_folder_per_class(tmp_path):
 def test_links_in_folders_stay_inside_unless_the_root_is_wider(tmp_path):
     store = tmp_path / "store"
     for name in ("cat/1.png", "dog/1.png"):
-        picture(store / name)
+        write_plain(store / name)
     chosen = tmp_path / "chosen"
     chosen.mkdir()
     for name in ("cat", "dog"):
@@ -611,12 +587,12 @@ def test_links_in_folders_stay_inside_unless_the_root_is_wider(tmp_path):
 def test_folders_without_pairs_say_what_was_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"metadata\.csv.*\.txt.*class.*0 pictures"):
         opened(tmp_path)
-    picture(tmp_path / "images" / "a.png")
+    write_plain(tmp_path / "images" / "a.png")
     write(tmp_path / "captions.csv", "image,caption\nimages/a.png,x\n")
     with pytest.raises(DataError, match=r"it holds the table captions\.csv"):
         opened(tmp_path)
     for part in ("train", "val"):
-        picture(tmp_path / "parts" / part / "cat" / "a.png")
+        write_plain(tmp_path / "parts" / part / "cat" / "a.png")
     with pytest.raises(DataError, match=r"one of its parts, such as .*parts.train"):
         opened(tmp_path / "parts")
 
@@ -630,7 +606,7 @@ def features() -> datasets.Features:
 
 
 def small_dataset() -> datasets.Dataset:
-    photos = [{"bytes": png(colour), "path": "x.png"} for colour in ("red", "blue", "red")]
+    photos = [{"bytes": plain(colour), "path": "x.png"} for colour in ("red", "blue", "red")]
     return datasets.Dataset.from_dict(
         {"photo": photos, "caption": ["a frog", "an owl", "nan"], "label": [0, 1, -1]}, features=features()
     )
@@ -638,7 +614,7 @@ def small_dataset() -> datasets.Dataset:
 
 def check_small(source) -> None:
     pairs = [source[index] for index in range(len(source))]
-    assert [pair.image for pair in pairs] == [png("red"), png("blue"), png("red")]
+    assert [pair.image for pair in pairs] == [plain("red"), plain("blue"), plain("red")]
     assert [pair.captions for pair in pairs] == [("a frog",), ("an owl",), ("nan",)]
     assert [pair.label for pair in pairs] == ["frog", "owl", None]
     assert source.key(0) == source.key(2) != source.key(1)
@@ -650,7 +626,7 @@ def test_saved_datasets(tmp_path):
     parts = datasets.DatasetDict({"train": small_dataset(), "test": small_dataset().select([1])})
     parts.save_to_disk(tmp_path / "parts")
     check_small(opened(tmp_path / "parts"))
-    assert captions(opened(tmp_path / "parts" / "test")) == [("an owl",)]
+    assert captions_of(opened(tmp_path / "parts" / "test")) == [("an owl",)]
     datasets.DatasetDict({"a": small_dataset(), "b": small_dataset()}).save_to_disk(tmp_path / "others")
     with pytest.raises(DataError, match="splits a, b"):
         opened(tmp_path / "others")
@@ -663,7 +639,7 @@ def test_parquet_of_a_dataset_keeps_its_class_names(tmp_path):
 
 def test_class_names_can_be_captions(tmp_path):
     small_dataset().save_to_disk(tmp_path / "one")
-    assert captions(opened(tmp_path / "one", caption_key=["label"])) == [("frog",), ("owl",), ()]
+    assert captions_of(opened(tmp_path / "one", caption_key=["label"])) == [("frog",), ("owl",), ()]
 
 
 def test_datasets_by_hf_from_a_folder(tmp_path):
@@ -673,8 +649,8 @@ def test_datasets_by_hf_from_a_folder(tmp_path):
     small_dataset().select([1]).to_parquet(folder / "test.parquet")
     check_small(opened(f"hf:{folder}"))
     check_small(opened(f"hf:{folder}:train"))
-    assert captions(opened(f"hf:{folder}:test")) == [("an owl",)]
-    assert captions(opened(f"hf:{folder}:train[:2]")) == [("a frog",), ("an owl",)]
+    assert captions_of(opened(f"hf:{folder}:test")) == [("an owl",)]
+    assert captions_of(opened(f"hf:{folder}:train[:2]")) == [("a frog",), ("an owl",)]
     with pytest.raises(DataError, match=r"hf:.*name:none cannot be loaded: .*train.*test"):
         opened(f"hf:{folder}:none")
 
@@ -718,13 +694,13 @@ def test_splits_of_a_saved_dataset_by_hf(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     check_small(opened(f"hf:{tmp_path}/saved"))
     check_small(opened(f"hf:{tmp_path}/saved:train"))
-    assert captions(opened(f"hf:{tmp_path}/saved:test")) == [("an owl",)]
+    assert captions_of(opened(f"hf:{tmp_path}/saved:test")) == [("an owl",)]
     with pytest.raises(DataError, match=r"has the splits test, train, and no 'none'"):
         opened(f"hf:{tmp_path}/saved:none")
 
 
 def test_picture_folders_by_hf_stay_inside(tmp_path):
-    picture(tmp_path / "set" / "train" / "a.png")
+    write_plain(tmp_path / "set" / "train" / "a.png")
     write(tmp_path / "set" / "train" / "metadata.csv", "file_name,text\na.png,a frog\n")
     source = opened(f"hf:{tmp_path / 'set'}")
     assert source[0] == Pair((tmp_path / "set" / "train" / "a.png").resolve(), ("a frog",), None)
@@ -774,14 +750,14 @@ def test_words_that_find_nothing_name_the_setting_what_was_written_and_the_forms
         with pytest.raises(DataError, match="hf:org/name"):
             locate(words)
     with pytest.raises(DataError, match=r"'\.xlsx'; write a table \(\.csv, \.tsv, \.jsonl, \.parquet, \.json, "):
-        locate(str(picture(tmp_path / "pairs.xlsx")))
+        locate(str(write_plain(tmp_path / "pairs.xlsx")))
 
 
 def test_registered_names_win_over_paths_and_unregistered_prefixes_are_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "odd:name.csv", "image,caption\na.png,x\n")
     (tmp_path / "demo").mkdir()
-    assert captions(opened("odd:name.csv")) == [("x",)]
+    assert captions_of(opened("odd:name.csv")) == [("x",)]
     assert locate("demo").kind == "registered"
 
 
@@ -848,7 +824,7 @@ class WithHeldOut(Numbers):
 
 def test_concatenated_sources_follow_one_another():
     both = Concatenated([Numbers(2, "a"), Numbers(3, "b")])
-    assert captions(both) == [("a 0",), ("a 1",), ("b 0",), ("b 1",), ("b 2",)]
+    assert captions_of(both) == [("a 0",), ("a 1",), ("b 0",), ("b 1",), ("b 2",)]
     assert [origin(both, index)[0].name for index in range(5)] == ["a", "a", "b", "b", "b"]
     for index in (-1, 5):
         with pytest.raises(IndexError):
@@ -867,13 +843,13 @@ def test_concatenated_keys_are_one_for_one_file_and_apart_for_others(tmp_path):
 
 def test_one_item_is_opened_as_itself_and_several_in_order(tmp_path):
     paths = [str(write(tmp_path / f"{n}.csv", f"image,caption\n{n}.png,{n}\n")) for n in range(2)]
-    assert captions(open_sources(paths, DataConfig())) == [("0",), ("1",)]
+    assert captions_of(open_sources(paths, DataConfig())) == [("0",), ("1",)]
     assert isinstance(open_sources(paths[:1], DataConfig()), table.TableSource)
 
 
 def test_subset_maps_indices():
     part = Subset(Numbers(5), numpy.array([4, 1]))
-    assert len(part) == 2 and captions(part) == [("numbers 4",), ("numbers 1",)] and part.key(0) == "4"
+    assert len(part) == 2 and captions_of(part) == [("numbers 4",), ("numbers 1",)] and part.key(0) == "4"
 
 
 def test_held_out_part_is_the_fraction_disjoint_and_whole_pictures(tmp_path):
@@ -919,11 +895,11 @@ def test_held_out_part_does_not_move_with_the_data_or_when_rows_are_added(tmp_pa
 
 def test_a_source_with_its_own_held_out_part_keeps_it_beside_others():
     training, held_out = split_held_out(Concatenated([WithHeldOut(10), Numbers(400, "hashed")]), 0.1)
-    assert captions(training)[:10] == [(f"numbers {index}",) for index in range(10)]
-    assert captions(held_out)[:2] == [("held out 0",), ("held out 1",)]
-    hashed = {text for (text,) in captions(held_out)[2:]}
+    assert captions_of(training)[:10] == [(f"numbers {index}",) for index in range(10)]
+    assert captions_of(held_out)[:2] == [("held out 0",), ("held out 1",)]
+    hashed = {text for (text,) in captions_of(held_out)[2:]}
     assert 15 <= len(hashed) <= 65
-    assert hashed.isdisjoint({text for (text,) in captions(training)})
+    assert hashed.isdisjoint({text for (text,) in captions_of(training)})
 
 
 def test_nothing_is_held_out_at_fraction_zero_or_of_too_little():

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from pyarrow import parquet
-from test_shards import FORMATS, numbered, one_sample, write_random, write_tar
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
@@ -34,14 +33,15 @@ from accel_clip.data.sources.shards.names import find_addresses
 from accel_clip.data.sources.shards.remote import RemoteShards, open_remote_shards
 from accel_clip.faults import ConfigError, DataError
 from helpers import nasty
+from helpers.pictures import encoded, noise
+from helpers.shards import FORMATS, numbered, one_sample, write_random, write_tar
 from helpers.web import NEVER, Behaviour, served
 
 AT_ONCE = Patience(waits_seconds=(0.0,) * 4)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def no_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -532,7 +532,7 @@ def rows(num_rows: int, first: int = 0, paths: tuple[str | None, ...] = ("../sec
             "x": [Value("float32")],
         }
     )
-    pictures = [{"bytes": nasty.encoded(nasty.noise(seed=n % 5)), "path": None} for n in numbers]
+    pictures = [{"bytes": encoded(noise(seed=n % 5)), "path": None} for n in numbers]
     for number in range(0, num_rows, 4):
         path = paths[number // 4 % len(paths)]
         pictures[number] = path and {"bytes": None, "path": path}
@@ -620,7 +620,7 @@ def failing(shards: list[int], failures: list[Exception]) -> Iterator[dict[str, 
         for row in range(5):
             if number == 1 and row == 3 and failures:
                 raise failures.pop(0)
-            picture = nasty.encoded(nasty.noise(seed=row))
+            picture = encoded(noise(seed=row))
             yield {"image": {"bytes": picture, "path": None}, "caption": f"row {row} of shard {number}"}
 
 

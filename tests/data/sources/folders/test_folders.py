@@ -11,8 +11,9 @@ from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.folders.folder import is_of_format
-from accel_clip.data.sources.resolve import open_labelled, open_source
+from accel_clip.data.sources.resolve import open_labelled
 from accel_clip.faults import ConfigError, DataError
+from helpers.sources import opened
 
 CLASSES = ("cat", "sea_lion")
 
@@ -22,10 +23,6 @@ def pictures(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"a picture is not looked at here")
     return folder
-
-
-def opened(folder: Path, **settings: object) -> Source:
-    return open_source(str(folder), DataConfig(**settings))
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shards import opened, write_tar
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import UnusableSample
@@ -18,6 +17,8 @@ from accel_clip.data.sources.endings import PICTURE_SUFFIXES
 from accel_clip.data.sources.resolve import open_item
 from accel_clip.data.sources.shards.member_names import stem_and_ending, words_of_endings
 from accel_clip.faults import ConfigError, DataError
+from helpers.shards import write_tar
+from helpers.sources import opened
 from helpers.web import served
 
 Members = dict[str, bytes]
@@ -25,11 +26,6 @@ DOTTED = (
     *("St. Peter 1", "v1.2_front", "site.com_0003", "2020.01.05", "u.s.a", "img.0001", "img.0002", "3.5 inch"),
     *("a.b/c.d", "./x", "./x.y", "front.final", "end.", "end..", "猫.1", "v1", "v1.2", "A.B", "a.jpg", "b.txt"),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def pairs_named(stems: Sequence[str]) -> Members:

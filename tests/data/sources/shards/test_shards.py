@@ -30,54 +30,21 @@ from accel_clip.data.sources.shards import tar_index
 from accel_clip.data.sources.shards.local import open_shards
 from accel_clip.data.sources.shards.names import expand_braces, find_addresses, find_shards
 from accel_clip.faults import ConfigError, DataError
+from helpers.shards import FORMATS, numbered, one_sample, write_random, write_tar
+from helpers.sources import captions_of, opened, problem_of
 
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-SIZES = (0, 1, 511, 512, 513, 1024, 5000)
 TWO_ZERO_BLOCKS = 1024
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def no_waits(monkeypatch):
     monkeypatch.setattr(shard_reader, "WAITS_SECONDS", (0.0, 0.0, 0.0))
-
-
-def write_tar(path: Path, members: dict[str, bytes], kind: str = "ustar") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[kind]) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def numbered(shard: int, num_samples: int = 3) -> dict[str, bytes]:
-    members = {}
-    for number in range(num_samples):
-        members[f"{number:03d}.jpg"] = f"picture {number} of shard {shard}".encode() * 40
-        members[f"{number:03d}.txt"] = f"caption {number} of shard {shard}".encode()
-    return members
 
 
 def write_set(folder: Path, num_shards: int, num_samples: int = 3) -> Path:
     for shard in range(num_shards):
         write_tar(folder / f"{shard:04d}.tar", numbered(shard, num_samples))
     return folder
-
-
-def opened(item, **settings):
-    return open_source(str(item) if isinstance(item, Path) else item, DataConfig(**settings))
-
-
-def captions(source) -> list[tuple[str, ...]]:
-    return [source[index].captions for index in range(len(source))]
-
-
-def problem_of(source, index: int = 0) -> UnusableSample:
-    with pytest.raises(UnusableSample) as caught:
-        source[index]
-    return caught.value
 
 
 def outcome(source, index: int) -> tuple[bytes, tuple[str, ...]] | str:
@@ -88,47 +55,6 @@ def outcome(source, index: int) -> tuple[bytes, tuple[str, ...]] | str:
 
 
 # --- against tarfile
-
-
-def random_name(draw: random.Random, number: int) -> str:
-    folder = draw.choice(("", "", "deep/er/", "./", "x.y/", "a" * 90 + "/" + "b" * 60 + "/", "青蛙/"))
-    return f"{folder}{draw.choice(('', 'long' * 12, 'näme '))}{number}"
-
-
-def add_stranger(archive: tarfile.TarFile, draw: random.Random, kind: str) -> None:
-    """Add something that is no sample: a folder, a link with a size, a file without an ending, what macOS adds."""
-    info = tarfile.TarInfo(draw.choice(("folder", "README", "._17.jpg", "__meta__/17.txt", "deep/.hidden")))
-    info.type = draw.choice((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.REGTYPE))
-    if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-        info.name, info.linkname = "17.jpg", "../" * draw.choice((1, 60)) + "etc/passwd"
-        info.size = 700  # of the file that is linked to: no data follows
-    if info.type == tarfile.REGTYPE:
-        info.size = 700
-    if kind == "ustar":
-        info.linkname = info.linkname[:99]
-    if kind == "pax":
-        info.pax_headers = {"comment": "x" * draw.choice((1, 3000))}
-    archive.addfile(info, io.BytesIO(bytes(700)) if info.type == tarfile.REGTYPE else None)
-
-
-def write_random(path: Path, draw: random.Random, kind: str) -> None:
-    members = []
-    for number in draw.sample(range(1000), 12):
-        name = random_name(draw, number)
-        for extension in draw.sample(("jpg", "PNG", "txt", "json", "seg.png", "pth"), draw.randint(1, 6)):
-            content = {"txt": f" caption {number}\n".encode(), "json": b"{}"}.get(extension)
-            members.append((f"{name}.{extension}", draw.randbytes(draw.choice(SIZES)) if content is None else content))
-    if draw.random() < 0.3:
-        draw.shuffle(members)
-    with tarfile.open(path, "w", format=FORMATS[kind], pax_headers={"comment": "all"} if kind == "pax" else {}) as out:
-        for name, content in members:
-            if draw.random() < 0.3:
-                add_stranger(out, draw, kind)
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), draw.choice((0, 1.5, 2**40))
-            if kind == "ustar":
-                info.mtime = 1
-            out.addfile(info, io.BytesIO(content))
 
 
 def by_tarfile(path: Path) -> dict[str, dict[str, bytes]]:
@@ -319,14 +245,14 @@ def passes(monkeypatch) -> list[Path]:
 
 def test_a_shard_is_gone_through_once_and_again_when_it_has_changed(tmp_path, passes):
     folder = write_set(tmp_path / "set", 3)
-    first = captions(opened(folder))
-    assert captions(opened(folder)) == first and len(passes) == 3
+    first = captions_of(opened(folder))
+    assert captions_of(opened(folder)) == first and len(passes) == 3
     os.utime(folder / "0001.tar", ns=(1, 1))
-    assert captions(opened(folder)) == first and passes[3:] == [folder / "0001.tar"]
+    assert captions_of(opened(folder)) == first and passes[3:] == [folder / "0001.tar"]
     replaced = write_tar(tmp_path / "new.tar", dict(reversed(numbered(7).items())))
     assert replaced.stat().st_size == (folder / "0002.tar").stat().st_size
     replaced.replace(folder / "0002.tar")
-    assert captions(opened(folder))[6:] == [(f"caption {n} of shard 7",) for n in (2, 1, 0)]
+    assert captions_of(opened(folder))[6:] == [(f"caption {n} of shard 7",) for n in (2, 1, 0)]
     assert passes[4:] == [folder / "0002.tar"]
     names = sorted(entry.name for entry in folder.iterdir())
     assert names == sorted(f"000{n}.tar{end}" for n in range(3) for end in ("", tar_index.SIDE_FILE_SUFFIX))
@@ -334,14 +260,14 @@ def test_a_shard_is_gone_through_once_and_again_when_it_has_changed(tmp_path, pa
 
 def test_damaged_and_older_side_files_are_replaced(tmp_path, passes):
     path = write_tar(tmp_path / "x.tar", numbered(0))
-    right = captions(opened(path))
+    right = captions_of(opened(path))
     side_file = tar_index.side_files(path)[0]
     good = side_file.read_bytes()
     older = good.replace(b'"version": %d' % tar_index.VERSION, b'"version": 0')
     damaged = [good[:-1], good[:20], b"", older, good[:-9] + b"x" * 9, good[:60] + b"[" * 100_000]
     for number, content in enumerate(damaged, start=2):
         side_file.write_bytes(content)
-        assert captions(opened(path)) == right and len(passes) == number
+        assert captions_of(opened(path)) == right and len(passes) == number
         assert side_file.read_bytes() == good
 
 
@@ -373,7 +299,7 @@ def test_files_in_the_place_of_an_index_that_are_none_stay_as_they_are(content, 
     else:
         content = pickle.dumps(Canary(tmp_path / "canary")) if content == "pickle" else content
         side_file.write_bytes(content)
-    assert len(captions(opened(path))) == len(captions(opened(path))) == 3
+    assert len(captions_of(opened(path))) == len(captions_of(opened(path))) == 3
     assert len(passes) == 1 and cached.is_file()
     assert side_file.is_fifo() if content == "pipe" else side_file.read_bytes() == content
     assert not (tmp_path / "canary").exists()
@@ -390,8 +316,8 @@ def block_side_files(folder: Path) -> None:
 def test_indexes_of_folders_that_take_no_files_are_kept_in_the_cache(tmp_path, passes):
     folder = write_set(tmp_path / "set", 2)
     block_side_files(folder)
-    first = captions(opened(folder / "*.tar"))
-    assert captions(opened(folder / "*.tar")) == first and len(passes) == 2
+    first = captions_of(opened(folder / "*.tar"))
+    assert captions_of(opened(folder / "*.tar")) == first and len(passes) == 2
     assert len(list((tmp_path / "cache" / "accel_clip" / "shards").iterdir())) == 2
     assert sorted(entry.name for entry in folder.iterdir() if entry.is_file()) == ["0000.tar", "0001.tar"]
 
@@ -410,17 +336,17 @@ def test_processes_share_the_first_pass_and_see_one_order(tmp_path, passes, monk
     folder = write_set(tmp_path / "set", 4)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert captions(opened(folder)) == [(f"caption {n} of shard {shard}",) for shard in range(4) for n in range(3)]
+    assert captions_of(opened(folder)) == [(f"caption {n} of shard {shard}",) for shard in range(4) for n in range(3)]
     assert [path.name for path in passes] == ["0002.tar", "0003.tar", "0000.tar", "0001.tar"]
 
 
 def test_many_that_index_at_once_leave_whole_indexes(tmp_path, passes):
     folder = write_set(tmp_path / "set", 6, 20)
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: captions(opened(folder)), range(6)))
+        found = list(pool.map(lambda _: captions_of(opened(folder)), range(6)))
     assert all(texts == found[0] for texts in found) and len(found[0]) == 120
     done = len(passes)
-    assert captions(opened(folder)) == found[0] and len(passes) == done
+    assert captions_of(opened(folder)) == found[0] and len(passes) == done
     assert len(list(folder.iterdir())) == 12
 
 
@@ -448,7 +374,7 @@ def test_members_of_other_kinds_are_never_read(tmp_path, monkeypatch):
         shard_reader, "read_fully", lambda file, offset, size: (places.append(offset), read(file, offset, size))[1]
     )
     source = opened(path)
-    assert captions(source) == [(f"caption {n} of shard 0",) for n in range(3)]
+    assert captions_of(source) == [(f"caption {n} of shard 0",) for n in range(3)]
     with tarfile.open(path) as archive:
         allowed = {member.offset_data for member in archive if member.name.endswith((".jpg", ".txt"))}
     assert set(places) == allowed
@@ -475,7 +401,7 @@ def test_few_files_are_kept_open(tmp_path, monkeypatch):
     source = opened(write_set(tmp_path / "set", 20, 1))
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    assert captions(source) == [(f"caption 0 of shard {shard}",) for shard in range(20)]
+    assert captions_of(source) == [(f"caption 0 of shard {shard}",) for shard in range(20)]
     assert len(os.listdir("/proc/self/fd")) == before + 4
     del source
     gc.collect()
@@ -536,10 +462,6 @@ def test_reads_that_fail_for_a_moment_are_tried_again(tmp_path, monkeypatch):
 
 
 # --- what makes a sample
-
-
-def one_sample(tmp_path: Path, members: dict[str, bytes]) -> Path:
-    return write_tar(tmp_path / "x.tar", {f"17.{extension}": content for extension, content in members.items()})
 
 
 @pytest.mark.parametrize(
@@ -605,7 +527,7 @@ def test_names_that_no_member_has_are_config_errors_that_list_those_there_are(tm
     ):
         with pytest.raises(ConfigError, match=pattern):
             opened(path, **settings)
-    assert captions(opened(path, caption_key=["cap"])) == [("x",)]
+    assert captions_of(opened(path, caption_key=["cap"])) == [("x",)]
     with pytest.raises(ConfigError, match=r"data\.caption_key: .*\.txt, \.caption members .*Its members: jpg$"):
         opened(one_sample(tmp_path, {"jpg": b""}))
     with pytest.raises(ConfigError, match=r"data\.image_key: .*bmp, .*gif.*mp3, txt"):
@@ -649,13 +571,13 @@ def test_one_key_in_two_shards_is_two_samples(tmp_path):
 def test_samples_follow_the_order_in_which_shards_are_written(tmp_path):
     folder = write_set(tmp_path / "set", 4)
     source = opened(f"{folder}/{{0002,0000}}.tar")
-    assert captions(source) == [(f"caption {n} of shard {shard}",) for shard in (2, 0) for n in range(3)]
+    assert captions_of(source) == [(f"caption {n} of shard {shard}",) for shard in (2, 0) for n in range(3)]
     assert [source.key(index) for index in (0, 5)] == ["0002.tar/000", "0000.tar/002"]
     assert source.identity(5) == f"{folder}/0000.tar/002"
-    every = [captions(opened(folder / words)) for words in ("{0000..0003}.tar", "*.tar", "000[0-3].tar", ".")]
+    every = [captions_of(opened(folder / words)) for words in ("{0000..0003}.tar", "*.tar", "000[0-3].tar", ".")]
     assert every[0] == every[1] == every[2] == every[3] and len(every[0]) == 12
     several = open_sources([str(folder / "0003.tar"), f"{folder}/000{{0..1}}.tar"], DataConfig())
-    assert isinstance(several, Concatenated) and captions(several) == every[0][9:] + every[0][:6]
+    assert isinstance(several, Concatenated) and captions_of(several) == every[0][9:] + every[0][:6]
     for index in (-1, 6):
         with pytest.raises(IndexError):
             source[index]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 from pathlib import Path
 
@@ -12,30 +11,16 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
-from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import LONGEST_DETAIL, BadSample, UnusableSample
 from accel_clip.data.sources.class_names import class_name, is_word
-from accel_clip.data.sources.resolve import open_source
 from accel_clip.data.sources.tables.cells import captions_in
 from accel_clip.data.sources.tables.picture_cells import picture_in_value
-from accel_clip.data.sources.tables.table import TableSource
 from accel_clip.faults import LONGEST_MESSAGE, ConfigError, DataError
+from helpers.pictures import plain
+from helpers.sources import opened, problem_of
 
 TEXTS = ["a frog", 'it\'s "one"', "two\nlines", "青蛙", "a, b", "back\\slash"]
-
-
-def picture(kind: str = "PNG", size: int = 8, colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def opened(path: Path, **settings: object) -> TableSource:
-    source = open_source(str(path), DataConfig(**settings))
-    assert isinstance(source, TableSource)
-    return source
 
 
 def written(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -48,12 +33,6 @@ def written(path: Path, rows: list[dict[str, object]]) -> Path:
             table.writeheader()
             table.writerows(rows)
     return path
-
-
-def problem_of(source: TableSource, index: int) -> UnusableSample:
-    with pytest.raises(UnusableSample) as caught:
-        source[index]
-    return caught.value
 
 
 # --- captions
@@ -177,13 +156,13 @@ def encodings(content: bytes) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO"])
 @pytest.mark.parametrize("form", list(encodings(b"")))
 def test_a_picture_that_is_written_into_a_text_is_read(form: str, kind: str) -> None:
-    content = picture(kind, 32)
+    content = plain(size=(32, 32), kind=kind)
     assert picture_in_value(encodings(content)[form]) == (content, "")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_pictures_in_the_cells_of_a_table(suffix: str, tmp_path: Path) -> None:
-    contents = [picture(colour=colour) for colour in ("red", "blue", "red")]
+    contents = [plain(colour) for colour in ("red", "blue", "red")]
     rows = [{"image": base64.b64encode(content).decode(), "caption": f"frog {n}"} for n, content in enumerate(contents)]
     path = tmp_path / f"pairs{suffix}"
     if suffix == ".tsv":
@@ -223,7 +202,7 @@ def test_paths_are_not_taken_for_content(path: str) -> None:
         (str(numpy.zeros((2, 2, 3), int)), "printed array of numbers"),
         (str(numpy.full((1, 3), 0.5)), "printed array of numbers"),
         ("data:image/svg+xml,%3Csvg/%3E", "without base64"),
-        (base64.b64encode(picture()).decode()[:60] + "*" * 10, "base64 of the picture is broken"),
+        (base64.b64encode(plain()).decode()[:60] + "*" * 10, "base64 of the picture is broken"),
         (repr(b"\xff" * 5000)[:-1], "cut off"),
         ('{"height": 3}', "an object with the keys height"),
         ("x" * 5000, "neither a path nor a picture"),
@@ -252,11 +231,11 @@ def test_a_column_of_printed_pixels_is_refused_at_the_start(tmp_path: Path) -> N
 
 
 def test_lists_of_pictures_in_parquet(tmp_path: Path) -> None:
-    one = [{"bytes": picture(), "path": None}]
+    one = [{"bytes": plain(), "path": None}]
     cells = {"images": [one, one, one, one * 2, [], None], "text": ["x"] * 6}
     pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "lists.parquet")
     source = opened(tmp_path / "lists.parquet")
-    assert [source[index].image for index in range(3)] == [picture()] * 3
+    assert [source[index].image for index in range(3)] == [plain()] * 3
     assert "2 pictures: write a row for each" in problem_of(source, 3).detail
     assert problem_of(source, 4).reason == problem_of(source, 5).reason == "missing_file"
     cells["images"] = [one * 2] * 6

@@ -14,31 +14,26 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from accel_clip.config import DataConfig, SourceConfig
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.combine import Subset
-from accel_clip.data.sources.resolve import locate, open_source
+from accel_clip.data.sources.resolve import locate
 from accel_clip.faults import ConfigError, DataError
+from helpers.pictures import numbered_picture
+from helpers.sources import opened
 
 NAMES = [f"{1000 + n}.jpg" for n in range(6)]
 SENTENCES = {name: [f"a frog , number {n} .", f'"frog" {n}; it\'s green'] for n, name in enumerate(NAMES)}
-
-
-def picture(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def with_pictures(folder: Path, names: list[str] = NAMES) -> Path:
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture((number, 0, 0)))
+        path.write_bytes(numbered_picture(number))
     return folder
 
 
@@ -46,10 +41,6 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
     return path
-
-
-def opened(path: Path | str, **settings: object) -> Source:
-    return open_source(str(path), DataConfig(**settings))
 
 
 def pairs(source: Source) -> list[tuple[int, tuple[str, ...]]]:
@@ -318,7 +309,7 @@ def test_json_that_holds_no_pairs_says_what_it_holds(text: str, said: str, tmp_p
 
 
 def chinese_clip(folder: Path, part: str = "train") -> tuple[Path, Path]:
-    codes = [base64.urlsafe_b64encode(picture((n, 0, 0))).decode() for n in range(6)]
+    codes = [base64.urlsafe_b64encode(numbered_picture(n)).decode() for n in range(6)]
     images = write(folder / f"{part}_imgs.tsv", "".join(f"{100 + n}\t{code}\n" for n, code in enumerate(codes)))
     rows = [
         {"text_id": n, "text": text, "image_ids": [100 + n]} for n, name in enumerate(NAMES) for text in SENTENCES[name]
@@ -351,7 +342,7 @@ def test_chinese_clip_lacks_a_file_a_text_or_a_picture(tmp_path: Path) -> None:
 
 def parquet(path: Path, numbers: range, **columns: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    cells = {"image": [picture((n, 0, 0)) for n in numbers], "caption": [f"frog {n}" for n in numbers]}
+    cells = {"image": [numbered_picture(n) for n in numbers], "caption": [f"frog {n}" for n in numbers]}
     pyarrow.parquet.write_table(pyarrow.table({**cells, **columns}), path)
     return path
 
@@ -421,7 +412,7 @@ def test_of_splits_the_one_for_training_is_read_whole(tmp_path: Path, capsys) ->
 
 def test_parts_whose_columns_differ_a_little_are_read(tmp_path: Path) -> None:
     parquet(tmp_path / "0.parquet", range(2), extra=pyarrow.array([1, 2]))
-    cells = {"image": [picture((n, 0, 0)) for n in range(2, 4)], "caption": pyarrow.nulls(2)}
+    cells = {"image": [numbered_picture(n) for n in range(2, 4)], "caption": pyarrow.nulls(2)}
     pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "1.parquet")
     found = pairs(opened(tmp_path))
     assert found == [*frogs(range(2)), (2, ()), (3, ())]

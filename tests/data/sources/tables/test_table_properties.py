@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import itertools
 import json
 import unicodedata
@@ -21,10 +20,8 @@ from urllib.parse import quote
 import numpy
 import pyarrow
 import pyarrow.parquet
-import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
-from PIL import Image
 
 from accel_clip.config import DataConfig
 from accel_clip.data.bad_samples import REASONS, UnusableSample
@@ -32,15 +29,11 @@ from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import open_source
 from accel_clip.faults import ConfigError
+from helpers.generated import check, quick_and_slow
+from helpers.pictures import numbered_picture
 
 NUM_PICTURES = 4
 PATHS = ("plain.png", "deep/two words.png", "deep/Caf\u00e9.png", "four.JPG")
-
-
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (number, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,9 @@ CONTENTS: list[Callable[[bytes], str]] = [
     lambda content: repr({"bytes": content, "path": None}),
 ]
 paths = st.builds(lambda number, spell: Cell(spell(PATHS[number]), number), numbers, st.sampled_from(SPELLINGS))
-contents = st.builds(lambda number, write: Cell(write(picture(number)), number), numbers, st.sampled_from(CONTENTS))
+contents = st.builds(
+    lambda number, write: Cell(write(numbered_picture(number)), number), numbers, st.sampled_from(CONTENTS)
+)
 broken_pictures = st.sampled_from(
     [
         "",
@@ -122,7 +117,7 @@ broken_pictures = st.sampled_from(
         "['plain.png', 'four.JPG']",
         '{"height": 3}',
         "<PIL.Image.Image image mode=RGB size=4x4 at 0x7F>",
-        base64.b64encode(picture(0)).decode()[:-30],
+        base64.b64encode(numbered_picture(0)).decode()[:-30],
         "x" * 5000,
     ]
 ).map(lambda text: Cell(text, None))
@@ -174,26 +169,12 @@ def assert_as_written(path: Path, rows: list[Row], **options: Any) -> bool:
     return True
 
 
-def check(strategy: st.SearchStrategy[Any], num_examples: int, try_one: Callable[[Any], bool]) -> None:
-    """Try generated values; most must be opened, else nothing is shown."""
-    opened: list[bool] = []
-    decorate = settings(
-        max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-    decorate(given(strategy)(lambda value: opened.append(try_one(value))))()
-    assert sum(opened) > len(opened) / 2
-
-
 def with_pictures(folder: Path) -> Path:
     for number, name in enumerate(PATHS):
         (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "set" / name).write_bytes(picture(number))
-    (folder / "plain.png").write_bytes(picture(99))  # outside of the root
+        (folder / "set" / name).write_bytes(numbered_picture(number))
+    (folder / "plain.png").write_bytes(numbered_picture(99))  # outside of the root
     return folder / "set"
-
-
-def quick_and_slow(quick: int, slow: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("num_examples", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
 @quick_and_slow(20, 1000)
@@ -239,7 +220,7 @@ def test_json_lines_and_lists(num_examples: int, tmp_path: Path) -> None:
 
 def stored(numbers_or_none: list[int | None], kind: str) -> pyarrow.Array:
     """Return pictures as parquet tables have them."""
-    raw = [None if number is None else picture(number) for number in numbers_or_none]
+    raw = [None if number is None else numbered_picture(number) for number in numbers_or_none]
     structs = [None if content is None else {"bytes": content, "path": None} for content in raw]
     names = [None if number is None else PATHS[number] for number in numbers_or_none]
     struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
