@@ -220,9 +220,9 @@ class Trainer:
         place, train = self.assembly.place, self.config.train
         plan = None if self.found is None else kept_plan(place, train, self.saved["plan"])
         plan = plan or choose_plan(place, train)
-        wrapped, anatomy = self.assembly.wrapped, self.assembly.anatomy
-        self.contrastive_step = ContrastiveStep(self.accelerator, wrapped, self.loss, anatomy, plan)
-        side, parts = self.config.cached_tower, (self.accelerator, wrapped, self.model, anatomy)
+        parallel, anatomy = self.assembly.parallel, self.assembly.anatomy
+        self.contrastive_step = ContrastiveStep(parallel, self.loss, anatomy, plan)
+        side, parts = self.config.cached_tower, (parallel, self.model, anatomy)
         self.frozen_tower = None if side is None else FrozenTower(side, *parts, rows=plan.micro_batch_size)
 
     def run(self) -> TrainResult:
@@ -362,15 +362,15 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> None:
         """Take one optimizer step on the average gradient of the batches, unless it is not finite."""
         logbook, rate = self.logbook, self.schedule.multiplier(self.state.step)
-        self.assembly.wrapped.train()
+        self.assembly.parallel.model.train()
         logbook.meters.update("lr", set_learning_rate(self.assembly.optimizer, rate))
         for batch in batches:
             logbook.meet(batch)
-            with self.accelerator.accumulate(self.assembly.wrapped):
+            with self.assembly.parallel.accumulating():
                 terms = self.contrastive_step(batch)
                 logbook.report.update("loss", total(terms))
                 logbook.report.update_all({f"loss/{name}": value for name, value in terms.items()})
-                if not self.accelerator.sync_gradients or self.may_step(batches):
+                if not self.assembly.parallel.completes_step or self.may_step(batches):
                     self.assembly.optimizer.step()
                 self.assembly.optimizer.zero_grad()
         clamp_logit_scale(self.model.clip, self.config.train.max_logit_scale)

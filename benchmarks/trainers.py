@@ -31,8 +31,9 @@ from accel_clip.data.batch import Batch
 from accel_clip.losses.base import build_loss, total
 from accel_clip.models.anatomy import examine
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.data_parallel import data_parallel
 from accel_clip.models.freezing import freeze
-from accel_clip.models.training_model import TrainingModel, clamp_logit_scale, keep_buffers_local
+from accel_clip.models.training_model import TrainingModel, clamp_logit_scale
 from accel_clip.optim.optimizers import build_optimizer
 from accel_clip.step.contrastive import ContrastiveStep
 from accel_clip.step.plan import ModelTrial, choose_plan
@@ -101,16 +102,17 @@ class Ours:
         if not scenario.saves_tokens:
             anatomy = replace(anatomy, trims=False, deduplicates=False)
         optimizer = make_optimizer(model.clip)
-        self.wrapped, self.optimizer = self.accelerator.prepare(keep_buffers_local(TrainingModel(model)), optimizer)
+        parallel, self.optimizer = data_parallel(self.accelerator, TrainingModel(model), optimizer)
+        self.wrapped = parallel.model
         self.trained = [parameter for parameter in model.clip.parameters() if parameter.requires_grad]
         config = TrainConfig(
             batch_size=scenario.batch_size * self.accelerator.num_processes,
             micro_batch_size=scenario.micro_batch_size,
             activation_gib=scenario.activation_gib,
         )
-        plan = choose_plan(ModelTrial(self.accelerator, self.wrapped, model, anatomy), config)
+        plan = choose_plan(ModelTrial(parallel, model, anatomy), config)
         loss = build_loss(LossConfig(scenario.loss))
-        self.contrastive_step = ContrastiveStep(self.accelerator, self.wrapped, loss, anatomy, plan)
+        self.contrastive_step = ContrastiveStep(parallel, loss, anatomy, plan)
         self.knows_features = scenario.knows_features
 
     def on(self, batch: Batch) -> Callable[[], float]:

@@ -157,3 +157,19 @@ def named_twice() -> dict[str, set[str]]:
 
 def test_a_name_means_one_thing() -> None:
     assert {name: where for name, where in named_twice().items() if name not in NAMED_TWICE} == {}
+
+
+REDUCES = {"DistributedDataParallel", "no_sync", "trigger_sync_in_backward", "sync_gradients"}
+
+
+def words_of(file: Path) -> set[str]:
+    """Return every name that the code of a module imports, reads or takes from an object."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    read = {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in nodes}
+    return read | {node.name.rpartition(".")[2] for node in nodes if isinstance(node, ast.alias)}
+
+
+def test_one_file_knows_how_gradients_are_reduced() -> None:
+    """So that another way of dividing a model among processes is a second class beside it, and not a second trainer."""
+    users = {file.relative_to(PACKAGE).as_posix() for file in modules() if words_of(file) & REDUCES}
+    assert users == {"models/data_parallel.py"}

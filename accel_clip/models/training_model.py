@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from accel_clip.models.build import ClipModel
 from accel_clip.models.freezing import rest_frozen
@@ -78,13 +77,6 @@ def clamp_logit_scale(clip: Any, largest: float) -> None:
         return
     with torch.no_grad():
         clip.logit_scale.clamp_(0, torch.tensor(largest).log().item())
-
-
-def keep_buffers_local(model: TrainingModel) -> TrainingModel:
-    """Keep DDP from sending buffers before its forwards: most are constants, and processes may differ in forwards."""
-    names = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return model
 
 
 def share_running_statistics(clip: Any) -> None:

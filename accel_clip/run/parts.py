@@ -32,7 +32,7 @@ from accel_clip.run.stopping import check_metric
 from accel_clip.run.timetable import Timetable
 from accel_clip.run.tracking import TRAINING_METRICS
 from accel_clip.step.assembly import Assembly, assemble
-from accel_clip.step.plan import settle_gradient_buckets
+from accel_clip.step.plan import settle_reduction
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def workers_of(config: Config, accelerator: Accelerator, num_processes: int) -> 
 def assembled(config: Config, accelerator: Accelerator, loss: Loss, model: ClipModel) -> Assembly:
     """Return the model, the loss and the optimizer put together; from here on each process draws its own dropout."""
     assembly = assemble(config, accelerator, loss, model)
-    settle_gradient_buckets(assembly.place)
+    settle_reduction(assembly.place)
     torch.manual_seed(derive_seed(config.seed, "dropout", accelerator.process_index))
     return assembly
 

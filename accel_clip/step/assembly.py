@@ -14,22 +14,23 @@ from accel_clip.losses.gradient import warn_of_dense_logits
 from accel_clip.models.anatomy import Anatomy, examine
 from accel_clip.models.blocks import compile_blocks, recompute_activations
 from accel_clip.models.build import ClipModel
+from accel_clip.models.data_parallel import DataParallel, data_parallel
 from accel_clip.models.freezing import freeze_unused
-from accel_clip.models.training_model import TrainingModel, keep_buffers_local, no_decay_names
+from accel_clip.models.training_model import TrainingModel, no_decay_names
 from accel_clip.optim.optimizers import build_optimizer
 from accel_clip.step.plan import ModelTrial
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a step works on; `wrapped` and `optimizer` are prepared by the accelerator.
+    """What a step works on; the model in `parallel` and `optimizer` are prepared by the accelerator.
 
     trained: the parameters that get a gradient, the loss's own among them.
     """
 
     anatomy: Anatomy
     trained: list[nn.Parameter]
-    wrapped: nn.Module
+    parallel: DataParallel
     optimizer: Any
     place: ModelTrial
 
@@ -49,8 +50,7 @@ def assemble(config: Config, accelerator: Accelerator, loss: Loss, model: ClipMo
         compile_blocks(model.clip, accelerator.device)
     named = [*model.clip.named_parameters(), *((f"loss.{i}", each) for i, each in enumerate(loss.parameters()))]
     optimizer = build_optimizer(named, config.optim, no_decay_names(model.clip))
-    training_model = keep_buffers_local(TrainingModel(model, anatomy.separate))
-    wrapped, optimizer = accelerator.prepare(training_model, optimizer)
+    parallel, optimizer = data_parallel(accelerator, TrainingModel(model, anatomy.separate), optimizer)
     warn_of_dense_logits(loss, config.train.batch_size, model.model_config["embed_dim"])
     trained = [parameter for _, parameter in named if parameter.requires_grad]
-    return Assembly(anatomy, trained, wrapped, optimizer, ModelTrial(accelerator, wrapped, model, anatomy))
+    return Assembly(anatomy, trained, parallel, optimizer, ModelTrial(parallel, model, anatomy))

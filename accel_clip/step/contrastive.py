@@ -15,11 +15,9 @@ memory allows and the gradient of the logit scale taken once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
@@ -34,21 +32,20 @@ from accel_clip.losses.gradient import (
 )
 from accel_clip.losses.pair_terms import PairTerms
 from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.data_parallel import DataParallel, Outputs
 from accel_clip.randomness import RandomState
 from accel_clip.step.chunks import Chunk, ChunkedBatch, Plan, cut_batch
-
-Outputs = dict[str, Tensor]
 
 
 class ContrastiveStep:
     """The step of a run: what stays the same from batch to batch.
 
-    model: the wrapped model, called as `model(image=…, text=…)`, so that mixed precision and the reduction of gradients
-    apply.
+    parallel: the wrapped model, called with `image=…` and `text=…`, and the reduction of its gradients.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, loss: Loss, anatomy: Anatomy, plan: Plan) -> None:
-        self.accelerator, self.model, self.loss, self.anatomy, self.plan = accelerator, model, loss, anatomy, plan
+    def __init__(self, parallel: DataParallel, loss: Loss, anatomy: Anatomy, plan: Plan) -> None:
+        self.parallel, self.loss, self.anatomy, self.plan = parallel, loss, anatomy, plan
+        self.accelerator = parallel.accelerator
         self.wanted = loss.wanted()
         self.wanted_with_graph = None if self.wanted is None else {*self.wanted, *loss.pair_outputs()}
 
@@ -68,11 +65,10 @@ class ContrastiveStep:
         return {**gradient.terms, **pair_terms.values}
 
     def forward(self, chunk: Chunk) -> Outputs:
-        """Return the model's outputs for a chunk, without arming DDP: the last backward pass does that."""
+        """Return the model's outputs for a chunk."""
         inputs = send_to_device(chunk.inputs, self.accelerator.device, non_blocking=True)
         wanted = self.wanted_with_graph if torch.is_grad_enabled() else self.wanted
-        with self.accelerator.no_sync(self.model):
-            return self.model(**inputs, wanted=wanted)
+        return self.parallel.forward(**inputs, wanted=wanted)
 
     def trained(self, chunks: list[Chunk]) -> list[int]:
         """Return the numbers of the chunks that need a gradient; the last one where only the scalars are trained."""
@@ -82,7 +78,7 @@ class ContrastiveStep:
         """Back-propagate the gradient of the loss through every chunk, those with a graph first.
 
         The last backward pass takes one chunk of each side, the scalars and the loss's own parameters, so it reaches
-        every trained parameter, which DDP waits for.
+        every trained parameter, as the reduction needs.
         """
         chunks = passed.cut.chunks
         slopes = {name: passed.cut.to_items(name, slope) for name, slope in gradient.by_row.items()}
@@ -95,19 +91,13 @@ class ContrastiveStep:
 
         for number in order:
             if number not in final:
-                with self.accelerator.no_sync(self.model):
+                with self.parallel.alone():
                     self.accelerator.backward(surrogate(number, passed.graph_of(number)))
         outputs = {number: passed.graph_of(number) for number in final}
         summands = [surrogate(number, outputs[number]) for number in final]
         summands.append(scalars_surrogate(self.loss, outputs[final[-1]], gradient))
-        with self.gradients_reduced():
+        with self.parallel.reduced():
             self.accelerator.backward(torch.stack(summands).sum())
-
-    def gradients_reduced(self) -> AbstractContextManager[Any]:
-        """Reduce gradients over processes in the backward pass inside, unless this batch is not the step's last one."""
-        if self.accelerator.sync_gradients:
-            return self.accelerator.trigger_sync_in_backward(self.model)
-        return self.accelerator.no_sync(self.model)
 
 
 class FirstPass:
@@ -132,7 +122,7 @@ class FirstPass:
         """Return the outputs of a chunk without a graph; what it draws can be drawn again."""
         if runs_again and self.step.anatomy.stochastic:
             self.random_states[number] = RandomState(self.step.accelerator.device)
-        with torch.no_grad(), unchanged_statistics(self.step.model) if runs_again else nullcontext():
+        with torch.no_grad(), unchanged_statistics(self.step.parallel.model) if runs_again else nullcontext():
             return self.step.forward(chunk)
 
     def take(self, chunk: Chunk, outputs: Outputs) -> None:

@@ -25,6 +25,7 @@ from accel_clip.console import say
 from accel_clip.faults import ConfigError
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.process.accelerator import num_local_processes
 from accel_clip.randomness import RandomState
 from accel_clip.step.chunks import Plan
@@ -42,10 +43,19 @@ STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float3
 class ModelTrial:
     """What a trial needs: the wrapped model, how to make up inputs for it, and where it runs."""
 
-    accelerator: Accelerator
-    wrapped: nn.Module
+    parallel: DataParallel
     model: ClipModel
     anatomy: Anatomy
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Return the accelerator that has wrapped the model."""
+        return self.parallel.accelerator
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """Return the wrapped model."""
+        return self.parallel.model
 
     def inputs(self, rows: int) -> dict[str, dict[str, Any]]:
         """Return made-up inputs of `rows` rows for each trained side, or for chunks of whole pairs."""
@@ -151,19 +161,13 @@ def graph_bytes(place: ModelTrial, rows: int) -> dict[str, int]:
     return {side: round(few[side] + per_row[side] * (rows - PROBE_ROWS[0])) for side in few}
 
 
-def settle_gradient_buckets(place: ModelTrial) -> None:
-    """Let DDP order its buckets now, by a pass that leaves no trace, and not in the middle of the first steps.
-
-    It orders them anew in the first forward after the first backward, with a collective that the steps of different
-    processes would meet at different moments; and a resumed run would add up in another order than it did.
-    """
+def settle_reduction(place: ModelTrial) -> None:
+    """Let the reduction of gradients find its order now, in passes that leave no trace, and not in the first steps."""
     if place.accelerator.num_processes == 1:
         return
     inputs = {name: each for side in place.inputs(1).values() for name, each in side.items()}
     with leaving_no_trace(place):
-        sum_of(place.wrapped(**inputs)).backward()
-        with place.accelerator.no_sync(place.wrapped):
-            place.wrapped(**inputs)
+        place.parallel.settle(inputs, sum_of)
 
 
 def try_chunk(place: ModelTrial, inputs: dict[str, Any]) -> int:
@@ -177,7 +181,7 @@ def try_chunk(place: ModelTrial, inputs: dict[str, Any]) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with leaving_no_trace(place), place.accelerator.no_sync(place.wrapped):
+    with leaving_no_trace(place), place.parallel.alone():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             total = sum_of(place.wrapped(**inputs))
         total.backward()

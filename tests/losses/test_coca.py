@@ -17,6 +17,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.losses.base import Loss, build_loss, total
 from accel_clip.models.anatomy import examine
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze_unused
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.step.chunks import Plan
@@ -60,7 +61,7 @@ def step_on(model: ClipModel, loss: Loss, batch: Batch, plan: Plan) -> tuple[dic
     model.clip.zero_grad()
     torch.manual_seed(5)
     wrapped = TrainingModel(model, separate=False).to(model.clip.logit_scale.dtype).train()
-    step = ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, plan)
+    step = ContrastiveStep(DataParallel(Accelerator(cpu=True), wrapped), loss, anatomy, plan)
     return step(batch), {
         name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None
     }

@@ -33,6 +33,7 @@ from accel_clip.losses.base import Loss, build_loss, total
 from accel_clip.losses.gradient import global_loss_gradient
 from accel_clip.models.anatomy import examine
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze_unused
 from accel_clip.models.teacher import build_teacher
 from accel_clip.models.training_model import TrainingModel
@@ -214,7 +215,7 @@ def step_gradients(
     wrapped = TrainingModel(model, anatomy.separate).to(model.clip.logit_scale.dtype).train()
     model.clip.zero_grad()
     terms = ContrastiveStep(
-        Accelerator(cpu=True), wrapped, loss, anatomy, Plan(rows, rows, {"image": 1, "text": 0}, 32)
+        DataParallel(Accelerator(cpu=True), wrapped), loss, anatomy, Plan(rows, rows, {"image": 1, "text": 0}, 32)
     )(batch)
     return terms, {name: each.grad.clone() for name, each in model.clip.named_parameters()}
 

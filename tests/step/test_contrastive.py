@@ -19,6 +19,7 @@ from accel_clip.losses.base import Loss, build_loss, total
 from accel_clip.models.anatomy import Anatomy, examine
 from accel_clip.models.blocks import recompute_activations
 from accel_clip.models.build import ClipModel, build_model
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.step.chunks import Plan as SidedPlan
@@ -66,7 +67,7 @@ def gradients(model: ClipModel, loss: Loss, batch: Batch, plan: Plan, seed: int 
     wrapped = TrainingModel(model, anatomy.separate).to(model.clip.logit_scale.dtype).train()
     model.clip.zero_grad()
     torch.manual_seed(seed)
-    ContrastiveStep(accelerator, wrapped, loss, anatomy, plan)(batch)
+    ContrastiveStep(DataParallel(accelerator, wrapped), loss, anatomy, plan)(batch)
     return {name: each.grad.clone() for name, each in model.clip.named_parameters() if each.grad is not None}
 
 
@@ -163,7 +164,7 @@ def test_frozen_towers_run_once_and_get_nothing(tmp_path: Path, patterns: list[s
     wrapped = TrainingModel(model).train()
     model.clip.zero_grad()
     one_group = replace(Plan(5, 0), cost_of_a_group=10**6)
-    ContrastiveStep(Accelerator(cpu=True), wrapped, loss, anatomy, one_group)(batch)
+    ContrastiveStep(DataParallel(Accelerator(cpu=True), wrapped), loss, anatomy, one_group)(batch)
     given = {name: each.grad for name, each in model.clip.named_parameters() if each.grad is not None}
     assert_equal_to_rounding(given, single, exact)
     num_captions = len(torch.unique(batch.tokens, dim=0))
@@ -222,10 +223,10 @@ def test_accumulation_and_clipping_see_one_gradient_a_batch(tmp_path: Path) -> N
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     accelerator.gradient_state.plugin_kwargs.update(num_steps=2)
     anatomy = examine(model.clip, model.tokenizer)
-    step = ContrastiveStep(accelerator, TrainingModel(model).train(), loss, anatomy, Plan(5, 1))
+    step = ContrastiveStep(DataParallel(accelerator, TrainingModel(model).train()), loss, anatomy, Plan(5, 1))
     model.clip.zero_grad()
     for each in (batch, other):
-        with accelerator.accumulate(step.model):
+        with step.parallel.accumulating():
             step(each)
     given = {name: each.grad for name, each in model.clip.named_parameters()}
     accelerator.gradient_state.plugin_kwargs.update(num_steps=1)
@@ -238,7 +239,7 @@ def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def workplace(model: ClipModel) -> tuple[ModelTrial, Anatomy]:
     anatomy = examine(model.clip, model.tokenizer)
-    return ModelTrial(Accelerator(cpu=True), TrainingModel(model), model, anatomy), anatomy
+    return ModelTrial(DataParallel(Accelerator(cpu=True), TrainingModel(model)), model, anatomy), anatomy
 
 
 def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
@@ -292,7 +293,8 @@ def test_a_plan_counts_what_is_trained(tmp_path: Path, patterns: list[str]) -> N
     runs = []
     model.clip.visual.register_forward_pre_hook(lambda *_: runs.append(1))
     loss, batch = build_loss(LossConfig("clip")), make_batch(model)
-    ContrastiveStep(place.accelerator, place.wrapped.train(), loss, anatomy, plan)(batch)
+    place.wrapped.train()
+    ContrastiveStep(place.parallel, loss, anatomy, plan)(batch)
     assert len(runs) == 4  # nothing that fits runs twice
 
 
@@ -325,7 +327,8 @@ def test_features_that_are_known_take_the_place_of_a_frozen_tower(tmp_path: Path
     anatomy = examine(model.clip, model.tokenizer)
     tower.register_forward_pre_hook(lambda *_: runs.append(1))
     model.clip.zero_grad()
-    ContrastiveStep(Accelerator(cpu=True), TrainingModel(model).train(), loss, anatomy, Plan(4, 0))(known)
+    parallel = DataParallel(Accelerator(cpu=True), TrainingModel(model).train())
+    ContrastiveStep(parallel, loss, anatomy, Plan(4, 0))(known)
     given = {key: each.grad for key, each in model.clip.named_parameters() if each.grad is not None}
     assert_equal_to_rounding(given, single, exact)
     assert not runs

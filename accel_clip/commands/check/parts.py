@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from accel_clip.config import TrainConfig
 from accel_clip.models.anatomy import Anatomy
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.run.parts import RunParts, build_parts
 from accel_clip.run.preconditions import Start
 from accel_clip.run.problems import Problems
@@ -35,9 +34,9 @@ class Parts(RunParts):
         return self.assembly.anatomy
 
     @property
-    def wrapped(self) -> nn.Module:
+    def parallel(self) -> DataParallel:
         """Return the model as the accelerator has prepared it."""
-        return self.assembly.wrapped
+        return self.assembly.parallel
 
     @property
     def optimizer(self) -> Any:

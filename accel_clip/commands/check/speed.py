@@ -110,10 +110,10 @@ def take_step(parts: Parts, looks: list[SampledPair], rows: int) -> None:
     """Take one optimizer step on made-up pairs and wait for its end; raises `ConfigError` for too little memory."""
     accelerator = parts.accelerator
     plan = plan_for(parts.plan, rows, parts.pairs_per_process)
-    step = ContrastiveStep(accelerator, parts.wrapped, parts.loss, parts.anatomy, plan)
-    parts.wrapped.train()
+    step = ContrastiveStep(parts.parallel, parts.loss, parts.anatomy, plan)
+    parts.parallel.model.train()
     try:
-        with accelerator.accumulate(parts.wrapped):
+        with parts.parallel.accumulating():
             step(made_up_batch(parts, looks, rows))
             parts.optimizer.step()
             parts.optimizer.zero_grad()

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
@@ -38,6 +38,7 @@ from accel_clip.data.workers import Workers
 from accel_clip.faults import ConfigError, DataError, StorageError
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.names import matches
 from accel_clip.models.towers import length_groups, text_chunks
 from accel_clip.process.signals import StopAsked
@@ -54,10 +55,8 @@ class FrozenTower:
 
     side: str
     """image or text"""
-    accelerator: Accelerator
-    """of the run"""
-    wrapped: nn.Module
-    """the model as the step calls it"""
+    parallel: DataParallel
+    """the wrapped model, called as the step calls it"""
     model: ClipModel
     """the same model, with its tokenizer and what its export says"""
     anatomy: Anatomy
@@ -70,6 +69,11 @@ class FrozenTower:
             raise ConfigError(
                 f"train.cache_features: the {self.side} tower of this model cannot be run alone: leave it away"
             )
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Return the accelerator that has wrapped the model."""
+        return self.parallel.accelerator
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Return unit-norm features [b, D] of uint8 pictures [b, 3, H, W] or of tokens [b, L], as in training."""
@@ -84,8 +88,8 @@ class FrozenTower:
     def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """Return the features that the wrapped model gives, without a graph and without waiting for other processes."""
         given = {self.side: send_to_device(inputs, self.accelerator.device, non_blocking=True)}
-        with torch.no_grad(), self.accelerator.no_sync(self.wrapped):
-            return self.wrapped(**given)[f"{self.side}_features"].float()
+        with torch.no_grad():
+            return self.parallel.forward(**given)[f"{self.side}_features"].float()
 
     def fingerprint(self) -> Fingerprint:
         """Return what tells this tower from another one."""
@@ -182,7 +186,7 @@ def encode_all(
     writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
     own_problems: list[tuple[int, UnusableSample]] = []
     chunks = own_chunks(accelerator, plan.todo, num_rows)
-    tower.wrapped.train()  # as in the step, which leaves a frozen tower in evaluation mode
+    tower.parallel.model.train()  # as in the step, which leaves a frozen tower in evaluation mode
     loaded = load_chunks(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
     for number, items_of_chunk in enumerate(chunks):
         with suppress(StopAsked):  # the others learn of it where they meet

@@ -34,6 +34,7 @@ from accel_clip.faults import ConfigError, DataError
 from accel_clip.files.marked import settle
 from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
+from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.process.signals import StopAsked
@@ -72,7 +73,8 @@ def tower_of(table: Path, side: str) -> FrozenTower:
     freeze(model.clip, [side])
     anatomy = examine(model.clip, model.tokenizer)
     accelerator = Accelerator(cpu=True)
-    return FrozenTower(side, accelerator, accelerator.prepare(TrainingModel(model)), model, anatomy, rows=4)
+    parallel = DataParallel(accelerator, accelerator.prepare(TrainingModel(model)))
+    return FrozenTower(side, parallel, model, anatomy, rows=4)
 
 
 def cache_of(tower: FrozenTower, pairs: Source, folder: Path, max_pixels: float = 1e6) -> FeatureCache:
@@ -130,14 +132,14 @@ def test_features_are_those_of_training_and_nothing_else_of_a_batch_changes(
     if side == "image":
         monkeypatch.setattr(examples, "decode_picture", not_called)
     found = batches_of(tower, pairs, {side: cache}, num_workers)
-    doubled = deepcopy(tower.wrapped.train()).double()
+    doubled = deepcopy(tower.parallel.model.train()).double()
     for batch, plain in zip(found, expected, strict=True):
         for name in ("sample", "tokens", "caption_hash", "picture_hash"):
             assert torch.equal(getattr(batch, name), getattr(plain, name)), name
         given = {"image": plain.image} if side == "image" else {"text": [plain.tokens]}
         name = f"{side}_features"
         with torch.no_grad():
-            features, exact = ({name: each(**given)[name]} for each in (tower.wrapped, doubled))
+            features, exact = ({name: each(**given)[name]} for each in (tower.parallel.model, doubled))
         assert_equal_to_rounding(batch.features, features, exact)
         assert batch.image.shape == ((5, 3, 0, 0) if side == "image" else plain.image.shape)
         assert batch.image.dtype == torch.uint8
