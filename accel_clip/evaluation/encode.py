@@ -1,7 +1,6 @@
 """Features of pictures and captions, encoded by all processes together; the result does not depend on their number.
 
-1. Cut the items into chunks of `batch_size`; chunk c goes to process c % num_processes, so a round of one chunk per
-   process covers consecutive items.
+1. Cut the items into chunks of `batch_size` and deal them to the processes (`process/rounds.py`).
 2. In each round every process encodes its chunk and fills it up with zeros to `batch_size` rows.
 3. Gather the round: in rank order the rows are the next items, and what is left over at the end is filling.
 
@@ -12,7 +11,6 @@ every evaluation: a picture that cannot be used is black there, and what becomes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -32,7 +30,7 @@ from accel_clip.faults import DataError
 from accel_clip.models.build import ClipModel
 from accel_clip.models.towers import encode_image, encode_text, evaluation_mode
 from accel_clip.plugins import PluginsFirst
-from accel_clip.process.signals import StopAsked
+from accel_clip.process.rounds import in_rounds, own_chunks
 from accel_clip.process.waiting import UNWATCHED, Lookout, never
 
 PICTURES_PER_MESSAGE = 32  # what a worker hands over at once: small enough that few pictures keep all workers busy
@@ -70,7 +68,7 @@ def encode_pictures(
     """
     transform = image_transform_v2(PreprocessCfg(**model.preprocess_config), is_train=False)
     pictures = Pictures(source, transform, max_pixels)
-    own_items = chunks_of(accelerator, len(indices), batch_size)
+    own_items = own_chunks(accelerator, len(indices), batch_size)
     own_indices = [[indices[item] for item in chunk] for chunk in own_items]
     loaded = load(pictures, own_indices, num_workers, accelerator.device, lookout.is_asked)
     own_problems: list[tuple[int, UnusableSample]] = []
@@ -107,22 +105,16 @@ def encode_captions(
     lookout: Lookout = UNWATCHED,
 ) -> Tensor:
     """Return the features of captions, float32 [M, D] on the CPU of every process; raises `StopAsked` on all."""
-    own_chunks = chunks_of(accelerator, len(captions), batch_size)
-    tokens = (model.tokenizer([captions[item] for item in chunk]).to(accelerator.device) for chunk in own_chunks)
+    own = own_chunks(accelerator, len(captions), batch_size)
+    tokens = (model.tokenizer([captions[item] for item in chunk]).to(accelerator.device) for chunk in own)
     return encode(accelerator, model, "text", tokens, len(captions), batch_size, lookout)
-
-
-def chunks_of(accelerator: Accelerator, num_items: int, batch_size: int) -> list[range]:
-    """Return the chunks of items that belong to this process."""
-    chunks = [range(start, min(start + batch_size, num_items)) for start in range(0, num_items, batch_size)]
-    return chunks[accelerator.process_index :: accelerator.num_processes]
 
 
 def encode(
     accelerator: Accelerator,
     model: ClipModel,
     side: str,
-    own_chunks: Iterable[Tensor | str],
+    own: Iterable[Tensor | str],
     num_items: int,
     batch_size: int,
     lookout: Lookout,
@@ -133,20 +125,14 @@ def encode(
     """
     width = model.model_config["embed_dim"]
     features = torch.empty(num_items, width)
-    chunks = iter(own_chunks)
     encoders: dict[str, Callable[..., Tensor]] = {"image": encode_image, "text": encode_text}
     with evaluation_mode(model.clip), torch.no_grad(), accelerator.autocast():
-        for start in range(0, num_items, batch_size * accelerator.num_processes):
-            chunk = None
-            with suppress(StopAsked):  # the others learn of it where they meet
-                chunk = next(chunks, None)  # None: in the last round some processes have nothing to encode
-            lookout.meet(accelerator, "evaluation")
+        for items, chunk in in_rounds(accelerator, own, num_items, batch_size, lookout, "evaluation"):
             raise_together(accelerator, chunk if isinstance(chunk, str) else None)
             rows = torch.zeros(batch_size, width, device=accelerator.device)
             if isinstance(chunk, Tensor):
                 rows[: len(chunk)] = encoders[side](model.clip, chunk)
-            gathered = accelerator.gather(rows)
-            features[start : start + len(gathered)] = gathered[: num_items - start].cpu()
+            features[items.start : items.stop] = accelerator.gather(rows)[: len(items)].cpu()
     return features
 
 

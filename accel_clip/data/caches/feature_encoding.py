@@ -2,7 +2,7 @@
 
 1. Find the different pictures or captions, by hash, and of which the features are on disk already, and no file has
    changed since; those that could not be used are tried again.
-2. Cut the others into chunks; chunk c goes to process c % num_processes.
+2. Cut the others into chunks and deal them to the processes (`process/rounds.py`).
 3. In each round every process encodes a chunk as the training step does and fills it up with zeros; the rows of all
    are gathered, and the first process writes them, and those that are known (`feature_cache.py`).
 4. All processes map the finished files.
@@ -41,7 +41,7 @@ from accel_clip.models.build import ClipModel
 from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.names import matches
 from accel_clip.models.towers import length_groups, text_chunks
-from accel_clip.process.signals import StopAsked
+from accel_clip.process.rounds import in_rounds, own_chunks
 from accel_clip.process.waiting import UNWATCHED, Lookout, unheard
 
 MOST_ROWS = 256  # that one worker loads for a forward pass: a larger one is no faster
@@ -185,20 +185,20 @@ def encode_all(
     width = tower.model.model_config["embed_dim"]
     writer = FeatureWriter(folder, len(items), width) if accelerator.is_main_process else None
     own_problems: list[tuple[int, UnusableSample]] = []
-    chunks = own_chunks(accelerator, plan.todo, num_rows)
+    chunks = [plan.todo[each.start : each.stop].tolist() for each in own_chunks(accelerator, len(plan.todo), num_rows)]
     tower.parallel.model.train()  # as in the step, which leaves a frozen tower in evaluation mode
     loaded = load_chunks(items, chunks, Workers(num_workers, is_asked=lookout.is_asked), torch.stack)
-    for number, items_of_chunk in enumerate(chunks):
-        with suppress(StopAsked):  # the others learn of it where they meet
-            chunk = next(loaded)
-        lookout.meet(accelerator, "encoding")
+    rounds = in_rounds(accelerator, zip(chunks, loaded, strict=True), len(plan.todo), num_rows, lookout, "encoding")
+    for items_of_round, own in rounds:
         rows = torch.zeros(num_rows, width, device=accelerator.device)
-        if chunk.inputs is not None:
-            rows[chunk.usable] = tower.encode(chunk.inputs)
-        own_problems += [(int(items.keys[items_of_chunk[row]]), each) for row, each in chunk.problems.items()]
+        if own is not None:
+            own_items, chunk = own
+            if chunk.inputs is not None:
+                rows[chunk.usable] = tower.encode(chunk.inputs)
+            own_problems += [(int(items.keys[own_items[row]]), each) for row, each in chunk.problems.items()]
         gathered = accelerator.gather(rows)
         if writer is not None:
-            writer.append(gathered[: len(plan.todo) - number * len(gathered)])
+            writer.append(gathered[: len(items_of_round)])
     problems = dict(gather_object(own_problems))
     if writer is not None:
         write_features(writer, items, plan, fingerprint, problems)
@@ -222,10 +222,3 @@ def write_features(
             writer.append_from(old, plan.rows)
         places = plan.in_order(numpy.arange(len(items)))
         writer.finish(items.keys, fingerprint, problems, stamps=items.stamps, places=places)
-
-
-def own_chunks(accelerator: Accelerator, todo: numpy.ndarray, num_rows: int) -> list[list[int]]:
-    """Return the items of this process, one chunk a round; in the last round some processes have none."""
-    in_round = num_rows * accelerator.num_processes
-    own = (start + accelerator.process_index * num_rows for start in range(0, len(todo), in_round))
-    return [todo[start : start + num_rows].tolist() for start in own]
