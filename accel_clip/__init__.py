@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "EVALUATORS",
+    "HOOKS",
     "LOSSES",
     "OPTIMIZERS",
     "SCHEDULES",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 HOMES = {
+    "EVALUATORS": "evaluation.base",
+    "HOOKS": "run.hooks",
     "LOSSES": "losses.base",
     "OPTIMIZERS": "optim.optimizers",
     "SCHEDULES": "optim.schedules",
@@ -60,7 +64,9 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from accel_clip.data.sources.base import SOURCES
+    from accel_clip.evaluation.base import EVALUATORS
     from accel_clip.losses.base import LOSSES
     from accel_clip.optim.optimizers import OPTIMIZERS
     from accel_clip.optim.schedules import SCHEDULES
+    from accel_clip.run.hooks import HOOKS
     from accel_clip.trainer import train

@@ -22,7 +22,7 @@ from accel_clip.typed import Range, shown_value
 TRAIN_HELP = (
     "Train a CLIP model on your own pictures and captions. Settings come from defaults, --config files and flags."
 )
-EVAL_HELP = "Evaluate a model on --data.val and --eval.zero_shot. --json prints one JSON object."
+EVAL_HELP = "Evaluate a model on --data.val and --eval.zero_shot, and by --eval.also. --json prints one JSON object."
 CHECK_HELP = (
     "Say what a training run with these settings will be, and everything that is wrong with it, in seconds. Beside the "
     "settings it takes --samples N (pairs to look at, 500), --seconds S (to measure speed for, 10; 0 = not), "
@@ -30,7 +30,7 @@ CHECK_HELP = (
     "and --json. Ends with exit code 0, 2 (settings) or 3 (data)."
 )
 CHECK_RANGES = {"samples": Range(1, 10**9), "seconds": Range(0, 86400), "processes": Range(1, 2**16)}
-KINDS = ("losses", "optimizers", "schedules", "sources", "models", "trackers")
+KINDS = ("losses", "optimizers", "schedules", "sources", "evaluators", "hooks", "models", "trackers")
 
 
 def main() -> int:
@@ -89,7 +89,7 @@ USAGE = """usage: accel-clip COMMAND …
   check   say what a training run will be, and everything that is wrong, before the hours start
   eval    evaluate a model on held-out pairs and labelled pictures
   export  write a run's model as a folder that open_clip loads
-  list    list losses, optimizers, schedules, sources, models or trackers
+  list    list losses, optimizers, schedules, sources, evaluators, hooks, models or trackers
   plot    draw a run's curves and retrieval examples as pictures
 
 accel-clip COMMAND --help says more."""
@@ -156,7 +156,7 @@ def eval_command(arguments: list[str]) -> None:
 
     as_json = "--json" in arguments
     config = parse_config([word for word in arguments if word != "--json"], "accel-clip eval", EVAL_HELP)
-    if config.data.val is None and config.eval.zero_shot is None:
+    if config.data.val is None and config.eval.zero_shot is None and not config.eval.also:
         raise ConfigError("data.val: name the held-out pairs to evaluate on, or labelled pictures as eval.zero_shot")
     from accel_clip.process.environment import check_environment
 
@@ -191,7 +191,9 @@ def list_command(arguments: list[str]) -> None:
     from accel_clip.commands.listing import entries
 
     rows = entries(options.kind, options.plugins)
-    width = max(len(name) for name, _ in rows)
+    if not rows:
+        console.say(f"no {options.kind} are registered: name files that do so by --plugins")
+    width = max((len(name) for name, _ in rows), default=0)
     console.result("\n".join(f"{name:{width}}  {description}".rstrip() for name, description in rows))
 
 

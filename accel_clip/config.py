@@ -286,6 +286,9 @@ class EvalConfig:
     """column with the label; null = found by the usual names"""
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}.", "a picture of a {}.", "{}"])
     """prompts for zero-shot classification; {} stands for the class name"""
+    also: list[str | dict[str, Any]] = field(default_factory=list)
+    """further evaluators, such as those of your plugins, by name or as {name: {option: value}} (accel-clip list
+    evaluators); retrieval measures without being named where pairs are held out, zero_shot where eval.zero_shot is"""
 
     def __post_init__(self) -> None:
         require_ranges(self, "eval.")
@@ -358,7 +361,10 @@ class Config:
     seed: Annotated[int, Range(0, LARGEST_WHOLE)] = 0
     """seed of everything: weights, order, augmentation, dropout"""
     plugins: list[str] = field(default_factory=list)
-    """Python files that register your own losses, sources, optimizers and schedules"""
+    """Python files that register your own losses, sources, optimizers, schedules, evaluators and hooks"""
+    hooks: list[str | dict[str, Any]] = field(default_factory=list)
+    """what your plugins do after every step or evaluation, by name or as {name: {option: value}} (accel-clip list
+    hooks)"""
     data: DataConfig = field(default_factory=DataConfig)
     """Data: where the pairs come from and how they reach the model"""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -94,5 +94,6 @@ class Progress:
 
 
 def worth_a_line(metric: str) -> bool:
-    """Return whether a metric is among the few that are shown while training."""
-    return metric == "val/loss" or metric.endswith(("R@1", "R@10", "top1"))
+    """Return whether a metric is among those that are shown while training: a few of the package's own, all others."""
+    of_package = metric.startswith(("val/", "zero_shot/"))
+    return not of_package or metric == "val/loss" or metric.endswith(("R@1", "R@10", "top1"))

@@ -27,6 +27,12 @@ class ConfigError(AccelClipError):
     exit_code = 2
 
 
+class PluginError(ConfigError):
+    """An error that a user's own code has raised, perhaps in one process of several."""
+
+    on_every_process = False
+
+
 class DataError(AccelClipError):
     """Data or a download that is missing or cannot be used."""
 

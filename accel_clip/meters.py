@@ -185,6 +185,10 @@ class MeterGroup:
         self.reset()
         return values
 
+    def last(self) -> dict[str, float]:
+        """Return the last value of every mean by name; no collective."""
+        return {name: meter.val for name, meter in self._means.items()}
+
     def averages(self) -> dict[str, float]:
         """Return the means and totals of this process alone by name, and start anew; no collective."""
         values = self.unpack(self.pack(torch.device("cpu")).tolist(), 1)

@@ -1,14 +1,17 @@
-"""The user's own Python files, which register losses, sources, optimizers and schedules."""
+"""The user's own Python files, which register losses, sources, optimizers, schedules, evaluators and hooks."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accel_clip import console
-from accel_clip.faults import ConfigError
+from accel_clip.faults import AccelClipError, ConfigError, PluginError, one_line, recognised
 
 PREFIX = "accel_clip_plugin_"  # of the names of their modules
 
@@ -70,6 +73,29 @@ def run_plugin(file: str) -> None:
     except Exception as error:  # whatever the user's code raises is told with the file and the place
         del sys.modules[name]
         raise ConfigError(f"plugins: {file}: {place_of(error, path)}{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def own_code(title: str, code: object) -> Iterator[None]:
+    """Name whose code it was that raised in a block; errors of the package's own code pass as they are.
+
+    title: the setting and the name, which messages begin with; code: a registered class or function, or an object of
+    one. An error that is meant for the person keeps its type and gets the title, any other one becomes `PluginError`.
+    """
+    kind = code if inspect.isclass(code) or inspect.isfunction(code) else type(code)
+    if f"{kind.__module__}.".startswith("accel_clip."):
+        yield
+        return
+    try:
+        with recognised():
+            yield
+    except AccelClipError as error:
+        error.args = (f"{title}: {error}",)
+        raise
+    except Exception as error:  # whatever the user's code raises is told with its name and the place
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        where = f"{file}: {place_of(error, Path(file))}" if file else ""
+        raise PluginError(f"{title}: {where}{type(error).__name__}: {one_line(error)}") from error
 
 
 def place_of(error: Exception, path: Path) -> str:

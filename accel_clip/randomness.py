@@ -78,3 +78,16 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.on_device is not None:
             torch.get_device_module(self.device).set_rng_state(self.on_device)
+
+
+@contextmanager
+def guarded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run somebody else's code with all global generators seeded, a device's included, and restore them afterwards."""
+    before = RandomState(device)
+    with seeded_everywhere(seed):
+        if before.on_device is not None:
+            torch.get_device_module(device).manual_seed(seed)
+        try:
+            yield
+        finally:
+            before.restore()

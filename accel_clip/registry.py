@@ -80,6 +80,24 @@ def first_docstring_line(target: Callable[..., Any]) -> str:
     return (target.__doc__ or "").strip().split("\n")[0]
 
 
+def name_of(item: str | Mapping[str, Any], setting: str) -> str:
+    """Return the name that an item of a list begins with; raises `ConfigError` for one of another form."""
+    if isinstance(item, Mapping) and len(item) == 1:
+        item = next(iter(item))
+    if not isinstance(item, str):
+        raise ConfigError(f"{setting}: {item!r} does not work: an item is a name or {{name: {{option: value}}}}")
+    return item
+
+
+def options_of(item: str | Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """Return the options in an item of a list; raises `ConfigError` where they are no mapping."""
+    options = None if isinstance(item, str) else next(iter(item.values()))
+    if options is not None and not isinstance(options, Mapping):
+        name = name_of(item, setting)
+        raise ConfigError(f"{setting}: {name}: {options!r} does not work: write {{{name}: {{option: value}}}}")
+    return dict(options or {})
+
+
 def check_options(
     setting: str, owner: str, target: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]
 ) -> None:

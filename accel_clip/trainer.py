@@ -61,6 +61,7 @@ from accel_clip.run.health import (
     rate_warning,
     warn_of_collapse,
 )
+from accel_clip.run.hooks import Hooks
 from accel_clip.run.inputs import Inputs
 from accel_clip.run.logbook import Logbook
 from accel_clip.run.parts import build_run
@@ -147,6 +148,7 @@ class Trainer:
         self.sources, self.held_out, self.feed = parts.data.named, parts.data.held_out, parts.data.feed
         self.timetable, self.schedule, self.num_workers = parts.data.timetable, parts.data.schedule, parts.num_workers
         self.evaluator = parts.evaluator
+        self.hooks = Hooks(self.config, self.model, self.accelerator)
         self.saver = self.build_saver()
         self.logbook = Logbook(self.config, self.accelerator, self.folder, self.num_workers)
         self.state, self.must_save, self.must_stop = RunState(), False, False
@@ -195,6 +197,7 @@ class Trainer:
         self.saved = self.saver.restore(found)
         self.state = fit(self.saved["run"], RunState, "run")
         self.logbook.load_state_dict(self.saved)
+        self.hooks.load_state_dict(self.saved)
         if not self.saver.is_own(found):
             self.logbook.bad_samples.forget_list()
 
@@ -204,6 +207,7 @@ class Trainer:
             "run": self.state.to_dict(),
             "data": self.feed.state_dict(),
             **self.logbook.state_dict(),
+            **self.hooks.state_dict(),
             "config": self.config.to_dict(),
             "model": {
                 "model_config": self.model.model_config,
@@ -303,6 +307,7 @@ class Trainer:
         self.signals.may_interrupt = False  # from here on there is something to lose
         reached("step", self.state.step)
         self.watchdog.beat_step(self.state.step)
+        self.hooks.after_step(self.state, self.feed.epochs(self.state.next_batch), self.logbook.meters.last())
         self.log()
         self.evaluate()
         if self.must_save or self.logbook.is_best:
@@ -477,6 +482,7 @@ class Trainer:
             warn_of_collapse(self.state.step, self.evaluator.mean_cosines)
             self.logbook.tracking.log_picture(self.state.step, "retrieval", self.evaluator.picture_grid)
             self.logbook.record(self.state, self.state.metrics)
+            self.hooks.after_evaluation(self.state, self.feed.epochs(self.state.next_batch))
 
     def save(self) -> None:
         """Save the run as it stands after this step, unless that is done."""

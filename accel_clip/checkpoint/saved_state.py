@@ -192,3 +192,5 @@ class SavedState:
     """`checkpoint.resume` of the run that wrote it"""
     inputs: InputsState | None = None
     """what data and files held, None in a checkpoint of an earlier version"""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """what each hook keeps, by its name"""

@@ -6,7 +6,7 @@ from accel_clip.config import Config
 from accel_clip.data.pairs import open_held_out, open_training
 from accel_clip.data.sources.base import Source
 from accel_clip.data.sources.resolve import Locations, open_labelled
-from accel_clip.evaluation.evaluator import Evaluator
+from accel_clip.evaluation.evaluator import Evaluator, check_evaluator
 from accel_clip.losses.base import build_loss
 from accel_clip.models.build import build_model
 from accel_clip.process.accelerator import build_accelerator, choose_workers, process_as_found
@@ -16,8 +16,10 @@ from accel_clip.run.preconditions import find_sources
 
 @process_as_found()
 def evaluate(config: Config) -> dict[str, float]:
-    """Return the metrics of the model that the settings name on `data.val` and `eval.zero_shot`."""
+    """Return the metrics of the model that the settings name on `data.val` and `eval.zero_shot`, and by `eval.also`."""
     known, named = find_sources(config), config.data.val
+    for item in config.eval.also:
+        check_evaluator(item)
     held_out = None if named is None else open_held_out(named, config.data, locations=known)
     evaluator = own_evaluator(config, held_out, known)
     metrics = evaluator.run()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from accel_clip.plugins import load_plugins
+from accel_clip.registry import Registry
 
 
 def entries(kind: str, plugins: list[str]) -> list[tuple[str, str]]:
-    """Return names and descriptions of losses, optimizers, schedules, sources, models or trackers."""
+    """Return names and descriptions of what settings of a kind can name, one of the command's words."""
     load_plugins(plugins)
     if kind == "models":
         return models()
@@ -16,14 +17,26 @@ def entries(kind: str, plugins: list[str]) -> list[tuple[str, str]]:
         from accel_clip.optim.optimizers import list_optimizers
 
         return list_optimizers()
+    return [(entry.name, entry.description) for entry in registry_of(kind)]
+
+
+def registry_of(kind: str) -> Registry:
+    """Return the registry of evaluators, hooks, losses, schedules or sources, with what the package registers in it."""
+    if kind == "evaluators":
+        from accel_clip.evaluation.evaluator import EVALUATORS
+
+        return EVALUATORS
+    if kind == "hooks":
+        from accel_clip.run.hooks import HOOKS
+
+        return HOOKS
     from accel_clip.data.sources.base import SOURCES
     from accel_clip.data.sources.resolve import register_built_in
     from accel_clip.losses.base import LOSSES
     from accel_clip.optim.schedules import SCHEDULES
 
     register_built_in()
-    registry = {"losses": LOSSES, "schedules": SCHEDULES, "sources": SOURCES}[kind]
-    return [(entry.name, entry.description) for entry in registry]
+    return {"losses": LOSSES, "schedules": SCHEDULES, "sources": SOURCES}[kind]
 
 
 def models() -> list[tuple[str, str]]:

@@ -101,5 +101,9 @@ def accuracy(
     """Return `zero_shot/top1` (0 to 1), and `zero_shot/top5` where there are more than five classes."""
     pictures = torch.arange(len(image_features))
     found = ranks(accelerator, image_features, class_features, pictures, class_of_picture, lookout)
-    shown = (1, 5) if len(class_features) > 5 else (1,)
-    return {f"zero_shot/top{k}": recall_at(k, found) for k in shown}
+    return {name: recall_at(k, found) for name, k in names_of_accuracy(len(class_features)).items()}
+
+
+def names_of_accuracy(num_classes: int) -> dict[str, int]:
+    """Return the names of what `accuracy` gives, and among how many of the first the class must be."""
+    return {f"zero_shot/top{k}": k for k in ((1, 5) if num_classes > 5 else (1,))}

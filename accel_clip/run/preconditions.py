@@ -91,8 +91,14 @@ def name_checks(config: Config, described: ModelState | None) -> Iterator[Check]
         yield partial(check_trackers, [name])
     yield partial(check_schedule, config.optim)
     yield partial(check_optimizer, config.optim)
-    from accel_clip.models.build import registered_name  # imports open_clip, so it comes last
+    from accel_clip.evaluation.evaluator import check_evaluator  # imports open_clip, as what follows, so it comes last
+    from accel_clip.models.build import registered_name
+    from accel_clip.run.hooks import check_hook
 
+    for item in config.eval.also:
+        yield partial(check_evaluator, item)
+    for item in config.hooks:
+        yield partial(check_hook, item)
     if described is not None:
         return
     yield partial(registered_name, config.model.name)

@@ -508,8 +508,8 @@ def test_every_round_of_an_evaluation_is_told_and_may_be_the_last(
     beats: list[str] = []
     evaluator = Evaluator(accelerator, model, EvalConfig(batch_size=4), noise_source(9), None, loss, MAX_PIXELS, 0)
     evaluator.run(Lookout(beat=beats.append))
-    pairs = evaluator.held_out
-    assert pairs is not None
+    assert evaluator.examples is not None
+    pairs = evaluator.examples.pairs
     num_pictures, num_captions, num_rows = len(pairs.indices), len(pairs.captions), len(pairs.image_of_row)
     rounds = ceil(num_pictures / 4) + ceil(num_captions / 4) + num_rows // 4 + ceil(num_pictures / 5)
     rounds += ceil(num_captions / 5)  # queries in both directions
@@ -527,7 +527,7 @@ def test_the_evaluator_draws_its_last_examples(accelerator: Accelerator, model: 
     evaluator.run()
     grid = evaluator.picture_grid()
     assert grid is not None and grid.ndim == 3 and grid.shape[2] == 3
-    assert len(evaluator.grid_captions()) == 8
+    assert evaluator.examples is not None and len(evaluator.examples.nearest) == 8
 
 
 # Several processes

@@ -35,6 +35,8 @@ REGISTRIES = {
     "accel_clip.optim.optimizers": "OPTIMIZERS",
     "accel_clip.optim.schedules": "SCHEDULES",
     "accel_clip.data.sources.base": "SOURCES",
+    "accel_clip.evaluation.base": "EVALUATORS",
+    "accel_clip.run.hooks": "HOOKS",
 }
 CUDNN = attrgetter("enabled", "benchmark", "benchmark_limit", "deterministic", "allow_tf32")
 COME_WITH_MODULES = ("sys: levels of logging", "accel_clip.registry: names")  # new keys of these

@@ -18,10 +18,12 @@ from torchvision.transforms import v2
 
 from accel_clip.faults import ConfigError, nearest, one_line
 from accel_clip.randomness import seeded_everywhere
+from accel_clip.registry import name_of, options_of
 
 Augmentation: TypeAlias = Callable[[Tensor], Tensor]
 """From uint8 [3, H, W] to uint8 [3, H, W]."""
 
+SETTING = "data.transforms"
 CONTAINERS = ("Compose", "RandomApply", "RandomChoice", "RandomOrder")
 FOR_BATCHES = ("CutMix", "MixUp")
 ENUMS: dict[str, type[Enum]] = {"interpolation": v2.InterpolationMode, "policy": v2.AutoAugmentPolicy}
@@ -60,8 +62,8 @@ def build_transforms(
         return None
     height, width = (size, size) if isinstance(size, int) else size
     build = partial(built, hints=policy_hints(min(height, width), mean))
-    steps = {f"data.transforms: number {place}, {name_of(item)}": build(item) for place, item in enumerate(items, 1)}
-    return Transforms(steps)
+    names = [f"{SETTING}: number {place}, {name_of(item, SETTING)}" for place, item in enumerate(items, 1)]
+    return Transforms(dict(zip(names, map(build, items), strict=True)))
 
 
 def try_out(transforms: Transforms, size: int | Sequence[int]) -> None:
@@ -91,28 +93,10 @@ def augmented(name: str, step: Augmentation, pixels: Tensor) -> Tensor:
 
 def built(item: str | Mapping[str, Any], hints: Mapping[str, Any]) -> Augmentation:
     """Return the augmentation that an item names."""
-    name, options = name_of(item), options_of(item)
+    name, options = name_of(item, SETTING), options_of(item, SETTING)
     if name.partition("-")[0] in POLICIES:
         return PolicyStep(policy(name, options, hints))
     return torchvision_transform(name, options, hints)
-
-
-def name_of(item: str | Mapping[str, Any]) -> str:
-    """Return the name that an item begins with; raises `ConfigError` for one of another form."""
-    if isinstance(item, Mapping) and len(item) == 1:
-        item = next(iter(item))
-    if not isinstance(item, str):
-        raise ConfigError(f"data.transforms: {item!r} does not work: an item is a name or {{name: {{option: value}}}}")
-    return item
-
-
-def options_of(item: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in an item; raises `ConfigError` where they are no mapping."""
-    options = None if isinstance(item, str) else next(iter(item.values()))
-    if options is not None and not isinstance(options, Mapping):
-        name = name_of(item)
-        raise ConfigError(f"data.transforms: {name}: {options!r} does not work: write {{{name}: {{option: value}}}}")
-    return dict(options or {})
 
 
 def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> Augmentation:
@@ -121,11 +105,11 @@ def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[
     if name not in known:
         hint = nearest(name.partition("-")[0], [*known, *POLICIES]) or ";"
         raise ConfigError(
-            f"data.transforms: unknown transform '{name}'{hint} known: the classes of torchvision.transforms.v2 and "
+            f"{SETTING}: unknown transform '{name}'{hint} known: the classes of torchvision.transforms.v2 and "
             "timm's policies, such as RandomHorizontalFlip, {ColorJitter: {brightness: 0.4}} or rand-m9-mstd0.5-inc1"
         )
     if name in FOR_BATCHES:
-        raise ConfigError(f"data.transforms: {name} mixes pictures, and a caption belongs to one: leave it out")
+        raise ConfigError(f"{SETTING}: {name} mixes pictures, and a caption belongs to one: leave it out")
     made = getattr(v2, name)
     require_options(name, options, inspect.signature(made).parameters)
     given = {option: value_of(name, option, value) for option, value in options.items()}
@@ -135,7 +119,7 @@ def torchvision_transform(name: str, options: Mapping[str, Any], hints: Mapping[
     try:
         transform: Augmentation = made(**given)
     except (TypeError, ValueError, LookupError) as error:
-        raise ConfigError(f"data.transforms: {name}: {one_line(error, LONGEST_REASON)}") from error
+        raise ConfigError(f"{SETTING}: {name}: {one_line(error, LONGEST_REASON)}") from error
     return transform
 
 
@@ -151,7 +135,7 @@ def require_options(name: str, options: Iterable[str], known: Iterable[str]) -> 
         if option not in known:
             hint = nearest(str(option), known) or ";"
             has = ", ".join(known) or "none"
-            raise ConfigError(f"data.transforms: {name}: unknown option '{option}'{hint} it has: {has}")
+            raise ConfigError(f"{SETTING}: {name}: unknown option '{option}'{hint} it has: {has}")
 
 
 def value_of(name: str, option: str, value: Any) -> Any:
@@ -162,7 +146,7 @@ def value_of(name: str, option: str, value: Any) -> Any:
     known = [str(each.value) for each in constants]
     if value not in known:
         hint = nearest(value, known) or ";"
-        raise ConfigError(f"data.transforms: {name}: {option}: unknown '{value}'{hint} known: {', '.join(known)}")
+        raise ConfigError(f"{SETTING}: {name}: {option}: unknown '{value}'{hint} known: {', '.join(known)}")
     return constants(value)
 
 
@@ -192,7 +176,7 @@ def policy(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> C
     """Return a policy of timm by its string, such as rand-m9-mstd0.5-inc1; raises `ConfigError`."""
     kind, *sections = name.split("-")
     if options:
-        raise ConfigError(f"data.transforms: {name} takes no options: they stand in its name, such as rand-m9-n2")
+        raise ConfigError(f"{SETTING}: {name} takes no options: they stand in its name, such as rand-m9-n2")
     for section in sections:
         require_section(name, kind, section)
     try:
@@ -203,7 +187,7 @@ def policy(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> C
         return auto_augment_transform(name, dict(hints))
     except (AssertionError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-            f"data.transforms: '{name}' is no policy that timm knows: {one_line(error, LONGEST_REASON)}"
+            f"{SETTING}: '{name}' is no policy that timm knows: {one_line(error, LONGEST_REASON)}"
         ) from error
 
 
@@ -213,7 +197,7 @@ def require_section(name: str, kind: str, section: str) -> None:
     if (letters and letters[1] in POLICIES[kind]) or (kind == "rand" and section in RAND_CHOICES):
         return
     known = [f"{letter}NUMBER" for letter in POLICIES[kind]] + list(RAND_CHOICES if kind == "rand" else ())
-    raise ConfigError(f"data.transforms: '{name}': unknown part '{section}'; after {kind} come {', '.join(known)}")
+    raise ConfigError(f"{SETTING}: '{name}': unknown part '{section}'; after {kind} come {', '.join(known)}")
 
 
 def policy_hints(size: int, mean: Sequence[float]) -> dict[str, Any]:
