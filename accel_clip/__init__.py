@@ -37,7 +37,7 @@ HOMES = {
     "SCHEDULES": "optim.schedules",
     "SOURCES": "data.sources.base",
     "evaluate": "commands.evaluate",
-    "train": "trainer",
+    "train": "commands.train",
 }  # the rest is in config
 
 
@@ -50,6 +50,7 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from accel_clip.commands.evaluate import evaluate
+    from accel_clip.commands.train import train
     from accel_clip.config import (
         CheckpointConfig,
         Config,
@@ -69,4 +70,3 @@ if TYPE_CHECKING:
     from accel_clip.optim.optimizers import OPTIMIZERS
     from accel_clip.optim.schedules import SCHEDULES
     from accel_clip.run.hooks import HOOKS
-    from accel_clip.trainer import train

@@ -35,15 +35,15 @@ KINDS = ("losses", "optimizers", "schedules", "sources", "evaluators", "hooks", 
 
 def main() -> int:
     """Run `accel-clip COMMAND …` and return its exit code."""
-    return guarded(lambda: dispatch(sys.argv[1:]))
+    return exit_code_after(lambda: dispatch(sys.argv[1:]))
 
 
 def train_main() -> int:
     """Run `train.py …` and return its exit code."""
-    return guarded(lambda: train_command(sys.argv[1:], "train.py"))
+    return exit_code_after(lambda: train_command(sys.argv[1:], "train.py"))
 
 
-def guarded(command: Callable[[], None]) -> int:
+def exit_code_after(command: Callable[[], None]) -> int:
     """Run a command and turn its errors into one line and an exit code; what is our own bug keeps its traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the loader's workers
     threads = threading.enumerate()
@@ -112,7 +112,7 @@ def train_command(arguments: list[str], program: str) -> None:
         step = folder.read_status()["step"]
         console.say(f"the run in {config.output_dir} is complete at step {step}: a longer train.steps goes on with it")
         return
-    from accel_clip.trainer import train_from  # imports torch, so it comes after everything that can end without
+    from accel_clip.commands.train import train_from  # imports torch, so it comes after everything that can end without
 
     result = train_from(start)
     console.say(f"model   {result.export}  (open_clip loads it as 'local-dir:{result.export}')")
@@ -193,7 +193,8 @@ def list_command(arguments: list[str]) -> None:
     rows = entries(options.kind, options.plugins)
     if not rows:
         console.say(f"no {options.kind} are registered: name files that do so by --plugins")
-    width = max((len(name) for name, _ in rows), default=0)
+        return
+    width = max(len(name) for name, _ in rows)
     console.result("\n".join(f"{name:{width}}  {description}".rstrip() for name, description in rows))
 
 

@@ -124,7 +124,7 @@ def main() -> None:
 def measure(scenario: Scenario, captions: Path | None, num_pairs: int) -> None:
     """Print how well the gradients of one scenario agree, the ratio of times, and the counts of both sides."""
     model = new_model(scenario)
-    freeze(model.clip, ["logit_scale"])
+    freeze(model.clip, "logit_scale")
     theirs = SentenceTransformersSide(replace(model, clip=deepcopy(model.clip)), scenario)
     ours = Ours(model, scenario)
     batch = make_batch(model, scenario.batch_size, captions)

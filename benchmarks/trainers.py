@@ -91,11 +91,11 @@ SCENARIOS = {
 
 
 class Ours:
-    """The step of `accel_clip.trainer`, without its loader and logs."""
+    """The step of `accel_clip.step.learner`, without its loader and logs."""
 
     def __init__(self, model: ClipModel, scenario: Scenario) -> None:
         if scenario.locks_image:
-            freeze(model.clip, ["image"])
+            freeze(model.clip, "image")
         self.clip = model.clip
         self.accelerator = Accelerator(cpu=True)
         anatomy = examine(model.clip, model.tokenizer)

@@ -22,7 +22,8 @@ FLOORS = (
     ("data", "models", "optim", "losses"),
     ("step", "evaluation"),
     ("run",),
-    ("commands", "trainer"),
+    ("trainer",),
+    ("commands",),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

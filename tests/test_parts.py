@@ -17,7 +17,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from patience import HANG_SECONDS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -43,7 +42,8 @@ from accel_clip.files.names import REPLACED, beside
 from accel_clip.process.accelerator import process_as_found
 from accel_clip.run.problems import Problems
 from accel_clip.run.resume import decide
-from commands import small_model
+from helpers.models import small_model
+from helpers.patience import HANG_SECONDS
 
 NUM_PAIRS, BATCH, NUM_STEPS = 48, 8, 2
 forked = multiprocessing.get_context("fork")

@@ -33,7 +33,7 @@ from accel_clip.data.sources.resolve import open_source
 from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model
-from accel_clip.trainer import timeout_of
+from accel_clip.run.session import timeout_of
 from helpers.commands import train_py
 from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
 from helpers.models import small_model

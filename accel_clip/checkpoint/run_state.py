@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from accel_clip.typed import Count
@@ -30,6 +30,11 @@ class RunState:
     """how many pairs of each of several sources all processes have seen, by the source's name"""
     num_cut_captions: Count = 0
     """how many captions of the batches before `next_batch` had more tokens than the model reads"""
+
+    def take_over(self, other: RunState) -> None:
+        """Stand where another state stands; whoever holds this one knows."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain JSON."""

@@ -96,6 +96,8 @@ class PlanState:
     """graphs that are kept between the two passes, by side"""
     cost_of_a_group: Count
     """tokens: what a group of captions of one length costs beside its own"""
+    stage: Count = 0
+    """the stage of the run that it was made for"""
 
 
 @dataclass(frozen=True)

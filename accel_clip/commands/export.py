@@ -20,6 +20,7 @@ from accel_clip.models.export import (
     TOWERS,
     WEIGHTS,
     ExportedModel,
+    copy_of_weights,
     exported_model,
     model_in,
     read_metrics,
@@ -62,7 +63,7 @@ def model_of_run(paths: RunFolder) -> ExportedModel:
             f"{paths.path} holds no checkpoint that is whole, and no exported model: name the folder of a run"
         )
     model = build_model(ModelConfig(name=f"local-dir:{paths.export}"))
-    return exported_model(model, read_metrics(paths.export))
+    return exported_model(model, copy_of_weights(model), read_metrics(paths.export))
 
 
 def push_to_hub(folder: Path, repository: str) -> str:

@@ -50,7 +50,7 @@ class Evaluator:
         self.encoders = Encoders(accelerator, model, config.batch_size, max_pixels, num_workers)
         given = {"held_out": held_out, "zero_shot": zero_shot, "loss": loss, "eval_config": config}
         built_in = [bind(name, {}, given) for name, needed in BUILT_IN.items() if given[needed] is not None]
-        also = [build_evaluator(item, given) for item in config.also]
+        also = [evaluator_named_by(item, given) for item in config.also]
         require_own_names(also)
         self.evaluators = [*built_in, *also]
 
@@ -97,7 +97,7 @@ def check_evaluator(item: str | Mapping[str, Any]) -> None:
     check_options(SETTING, f"the evaluator '{name}'", target, options, GIVEN)
 
 
-def build_evaluator(item: str | Mapping[str, Any], given: Mapping[str, Any]) -> BoundEvaluator:
+def evaluator_named_by(item: str | Mapping[str, Any], given: Mapping[str, Any]) -> BoundEvaluator:
     """Return the evaluator that an item of `eval.also` names, with what it asks for of `GIVEN`.
 
     Raises `ConfigError` as `check_evaluator` does, and for one that cannot be built.

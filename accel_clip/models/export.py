@@ -77,10 +77,10 @@ class ExportedModel:
     """What timm and transformers need beside it."""
 
 
-def exported_model(model: ClipModel, metrics: Mapping[str, float]) -> ExportedModel:
-    """Return a model as it is now as an export."""
+def exported_model(model: ClipModel, weights: Mapping[str, Tensor], metrics: Mapping[str, float]) -> ExportedModel:
+    """Return a model with given weights of its own as an export; see `copy_of_weights`."""
     described = (model.model_config, model.preprocess_config, model.tokenizer)
-    return ExportedModel(copy_of_weights(model), *described, metrics, model.towers)
+    return ExportedModel(weights, *described, metrics, model.towers)
 
 
 def write_export(folder: Path, exported: ExportedModel) -> None:

@@ -1,52 +1,19 @@
-"""Signs that a run has gone wrong: numbers that are not finite, a loss that learns nothing, features that collapse."""
+"""Signs that a run goes wrong: a loss that learns nothing, a step that waits, features that collapse, a high rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from accelerate import Accelerator
+from collections.abc import Mapping
 
 from accel_clip.config import Config
 from accel_clip.console import say
-from accel_clip.data.batch import Batch
 
 HIGH_RATE_FOR_WEIGHTS = 5e-5
-SAMPLES_SHOWN = 16
 STEPS_BEFORE_A_JUDGEMENT = 200
 CHANCE_MARGIN = 0.02  # below ln(batch), in nats: a loss that has learnt anything is further down
 COLLAPSED_COSINE = 0.98
 LONG_WAIT = 0.1  # of the time of a step
 POINTS_TO_KNOW_A_WAIT = 3  # in a row
-WAYS_OUT = (
-    "lower optim.lr, lengthen optim.warmup, set train.precision to bf16 or no, or let train.non_finite skip or "
-    "rollback such steps (in another output_dir)"
-)
-
-
-def is_finite(agreed: dict[str, float], scaler: Any | None) -> bool:
-    """Return whether the loss and the gradient of a step are finite, as all processes agree.
-
-    In fp16 a gradient that overflows is met by lowering its scale; it is lost only when the scale has no room left.
-    """
-    gradient_is_fine = math.isfinite(agreed["grad_norm"]) if scaler is None else scaler.get_scale() >= 1
-    return gradient_is_fine and math.isfinite(agreed["loss"])
-
-
-def gathered_samples(accelerator: Accelerator, batches: Sequence[Batch]) -> list[int]:
-    """Return the samples of all processes in a step, by their index in the data; collective."""
-    mine = torch.cat([batch.sample for batch in batches]).to(accelerator.device)
-    return [int(sample) for sample in accelerator.gather(mine)]
-
-
-def describe_non_finite(step: int, agreed: dict[str, float], samples: Sequence[int]) -> str:
-    """Return what was not finite, and in which samples, on one line."""
-    terms = ", ".join(f"{name} {value}" for name, value in agreed.items() if name.startswith("loss"))
-    more = f" and {len(samples) - SAMPLES_SHOWN} more" if len(samples) > SAMPLES_SHOWN else ""
-    shown = ", ".join(str(sample) for sample in samples[:SAMPLES_SHOWN])
-    return f"step {step} is not finite: {terms}, gradient norm {agreed['grad_norm']}; samples {shown}{more}"
 
 
 class ChanceWatch:

@@ -108,7 +108,7 @@ class Hooks:
 
     def states(self) -> dict[str, Any]:
         """Return what each hook keeps that keeps something, as plain JSON, by its name."""
-        return {name: state_of(name, hook) for name, hook in self.hooks.items() if hasattr(hook, "state_dict")}
+        return {name: kept_by(name, hook) for name, hook in self.hooks.items() if hasattr(hook, "state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the hooks; nothing in a run without any."""
@@ -124,7 +124,7 @@ class Hooks:
                 hook.load_state_dict(deepcopy(saved.get(name, at_start)))
 
 
-def state_of(name: str, hook: Any) -> Any:
+def kept_by(name: str, hook: Any) -> Any:
     """Return what a hook keeps, as JSON gives it back; raises `ConfigError` for what JSON does not keep."""
     title = f"{SETTING}: '{name}' state_dict"
     with own_code(title, hook):

@@ -15,13 +15,11 @@ from accel_clip.data.bad_samples import BadSampleLog
 from accel_clip.data.batch import Batch
 from accel_clip.meters import MeterGroup, RateMeter
 from accel_clip.process.accelerator import cores_per_process
+from accel_clip.run.agreement import CUT_CAPTIONS, PAIRS_OF, Agreement
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.health import ChanceWatch, WaitWatch
 from accel_clip.run.stopping import EarlyStopping
 from accel_clip.run.tracking import Tracking
-
-PAIRS_OF = "pairs/"  # and the name of one of several sources
-CUT_CAPTIONS = "num_cut_captions"
 
 
 class Logbook:
@@ -44,12 +42,6 @@ class Logbook:
         self.is_best = False
         self.run_id = uuid4().hex[:21]  # SwanLab takes no longer one
 
-    def open(self, num_steps: int, state: RunState, resumed: bool) -> None:
-        """Open the trackers and the progress bar."""
-        resumed_step = state.step if resumed else None
-        self.tracking = Tracking(self.accelerator, self.config, self.folder, self.run_id, resumed_step)
-        self.progress.open(num_steps, state.step)
-
     def meet(self, batch: Batch) -> None:
         """Take in what a contrastive batch says beside its pairs."""
         self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
@@ -57,12 +49,21 @@ class Logbook:
         for name, number in batch.num_pairs.items():
             self.report.add(f"{PAIRS_OF}{name}", number)
 
-    def count(self, agreed: dict[str, float], state: RunState) -> None:
-        """Move the counts of a step out of what all processes agreed on, into the run's."""
-        state.num_cut_captions += round(agreed.pop(CUT_CAPTIONS))
-        for key in [key for key in agreed if key.startswith(PAIRS_OF)]:
-            name = key.removeprefix(PAIRS_OF)
-            state.num_pairs[name] = state.num_pairs.get(name, 0) + round(agreed.pop(key))
+    def count(self, agreed: Agreement, state: RunState) -> None:
+        """Add the counts of a step to the run's; collective where a process knows of unusable samples."""
+        state.num_cut_captions += agreed.num_cut_captions
+        for name, number in agreed.num_pairs.items():
+            state.num_pairs[name] = state.num_pairs.get(name, 0) + number
+        if agreed.num_bad_samples:
+            self.bad_samples.collect(self.accelerator)
+
+    def leave_out(self, means: Mapping[str, float]) -> None:
+        """Take in what was measured of a step that is left out: how long it waited for data, and names without a value.
+
+        A point has the same names whatever its steps were.
+        """
+        self.meters.update("data_time", means["data_time"])
+        self.meters.update_all({name: 0.0 for name in means if name != "data_time"}, n=0)
 
     def tell_cut_captions(self, state: RunState, context_length: int) -> None:
         """Say how many of the captions so far have more tokens than the model reads, where there are any."""
@@ -71,7 +72,7 @@ class Logbook:
             message = f"captions longer than {context_length} tokens: {number:,} of {num_pairs:,} pairs so far"
             say(f"{message}; only the first {context_length} are read")
 
-    def log(self, state: RunState, facts: Mapping[str, float]) -> None:
+    def log(self, tracking: Tracking, state: RunState, facts: Mapping[str, float]) -> None:
         """Write a training point: means over the steps since the last one, over all processes, and `facts`."""
         point = self.meters.averages()
         samples_per_second, train = self.rate.rate, self.config.train
@@ -89,13 +90,13 @@ class Logbook:
         self.chance_watch.look(state.step, point)
         self.wait_watch.look(state.step, point)
         self.progress.show(point)
-        self.record(state, point)
+        self.record(tracking, state, point)
 
-    def record(self, state: RunState, point: dict[str, float]) -> None:
+    def record(self, tracking: Tracking, state: RunState, point: dict[str, float]) -> None:
         """Write a point to every tracker, and see whether it is the best one or the last one needed."""
         if not point:
             return
-        self.tracking.log(state.step, point)
+        tracking.log(state.step, point)
         verdict = self.stopping.update(point, state.step)
         state.stop_asked |= verdict.should_stop
         if verdict.is_best:
@@ -119,10 +120,10 @@ class Logbook:
         if state["watched"] == self.stopping.metric:
             self.stopping.load_state_dict(state["stopping"])
 
-    def close(self, state: RunState, context_length: int) -> None:
+    def close(self, tracking: Tracking, state: RunState, context_length: int) -> None:
         """Close what is open, and say what of the data was unusable or cut."""
         self.progress.close()
-        self.tracking.close()
+        tracking.close()
         self.tell_cut_captions(state, context_length)
         if self.bad_samples.counts:
             say(f"unusable samples: {self.bad_samples.summary()}; listed in {self.folder.bad_samples}")

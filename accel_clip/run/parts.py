@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from accel_clip.optim.optimizers import parameter_groups
 from accel_clip.optim.schedules import Schedule, build_schedule
 from accel_clip.process.accelerator import build_accelerator, choose_workers
 from accel_clip.randomness import derive_seed
+from accel_clip.run.health import rate_warning
 from accel_clip.run.preconditions import Start
 from accel_clip.run.problems import Attempts
 from accel_clip.run.rebuilding import build_for_run
@@ -89,6 +90,15 @@ class RunParts:
     evaluator: Evaluator
     num_workers: int
     """processes that load for each process that trains"""
+
+    def described(self) -> Iterator[str]:
+        """Yield what a run says of its data and its rates before it begins."""
+        if (mixed := self.data.feed.describe()) is not None:
+            yield mixed
+        if self.data.feed.streams and self.data.held_out is None:
+            yield "nothing is held out of a stream: name data.val to see how good the model gets"
+        if (high := rate_warning(self.config)) is not None:
+            yield f"warning: {high}"
 
 
 def build_run(start: Start) -> RunParts:

@@ -87,17 +87,32 @@ def choose_plan(place: ModelTrial, config: TrainConfig) -> Plan:
     return plan
 
 
-def plan_state(place: ModelTrial, config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Return a plan and what it depends on beside the machine's memory, as plain JSON for a checkpoint."""
+def plan_for_stage(place: ModelTrial, config: TrainConfig, stage: int, saved: Mapping[str, Any] | None) -> Plan:
+    """Return the plan of a stage, by its number: the one in a checkpoint where that was made for it, else a new one.
+
+    config: the settings in force in the stage. Collective; raises as `choose_plan` does.
+    """
+    is_known = saved is not None and saved.get("stage", 0) == stage
+    plan = kept_plan(place, config, saved) if saved is not None and is_known else None
+    return plan or choose_plan(place, config)
+
+
+def plan_state(place: ModelTrial, config: TrainConfig, stage: int, plan: Plan) -> dict[str, Any]:
+    """Return a plan, its stage and what it depends on beside the machine's memory, as plain JSON for a checkpoint."""
+    made_for = made_for_now(place, config)
+    return {"stage": stage, "made_for": made_for, "threads": torch.get_num_threads(), **asdict(plan)}
+
+
+def made_for_now(place: ModelTrial, config: TrainConfig) -> dict[str, Any]:
+    """Return what a plan made now would be made for."""
     asked = {key: getattr(config, key) for key in ("micro_batch_size", "activation_gib", "threads")}
-    made_for = {**asked, "num_processes": place.accelerator.num_processes}
-    return {"made_for": made_for, "threads": torch.get_num_threads(), **asdict(plan)}
+    return {**asked, "num_processes": place.accelerator.num_processes}
 
 
 def kept_plan(place: ModelTrial, config: TrainConfig, saved: Mapping[str, Any]) -> Plan | None:
     """Return the plan in a checkpoint, None when it was made for other settings or no longer fits, which is said."""
     plan = Plan(**{field.name: saved[field.name] for field in fields(Plan)})
-    same = saved["made_for"] == plan_state(place, config, plan)["made_for"]
+    same = saved["made_for"] == made_for_now(place, config)
     if same:
         torch.set_num_threads(saved["threads"])
     if same and still_fits(place, plan):

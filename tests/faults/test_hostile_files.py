@@ -28,6 +28,7 @@ from accel_clip.checkpoint.manifest import Checkpoint, InvalidCheckpoint, make_m
 from accel_clip.checkpoint.restore import restore_random
 from accel_clip.checkpoint.saved_state import SavedState
 from accel_clip.commands.plots import read_points
+from accel_clip.commands.train import train
 from accel_clip.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from accel_clip.data.caches.features import FeatureCache
 from accel_clip.data.caches.pictures import PictureCache
@@ -39,7 +40,6 @@ from accel_clip.files.marked import read_mark
 from accel_clip.models.export import read_metrics
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.resume import decide
-from accel_clip.trainer import train
 from accel_clip.typed_json import WrongContent, read_json
 from helpers.models import small_model
 

@@ -19,11 +19,11 @@ from open_clip.factory import get_model_config
 from accel_clip.config import ModelConfig
 from accel_clip.faults import AccelClipError, ConfigError
 from accel_clip.models.build import build_model, read_config, registered_name
-from accel_clip.models.export import exported_model, write_export
+from accel_clip.models.export import write_export
 from accel_clip.models.foreign_code import without_foreign_code
 from accel_clip.models.size import size_of
 from helpers.commands import train_py
-from helpers.models import small_model
+from helpers.models import export_of, small_model
 
 BERT = {
     "model_type": "bert",
@@ -91,7 +91,7 @@ def test_code_in_a_folder_is_refused_and_never_asked_about(
 def test_code_beside_a_folder_of_open_clip_is_refused(kind: str, tmp_path: Path) -> None:
     plain = build_model(ModelConfig(small_model(tmp_path)))
     folder = tmp_path / "model"
-    write_export(folder, exported_model(plain, {}))
+    write_export(folder, export_of(plain))
     tower(folder, tmp_path / "canary", **CODE[kind])
     described = json.loads((folder / "open_clip_config.json").read_text())
     described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
@@ -249,7 +249,7 @@ def test_numbers_that_do_not_go_together_are_told_in_one_line(described: dict[st
 )
 def test_preprocessing_of_a_folder_is_looked_at(preprocessing: Any, tmp_path: Path) -> None:
     plain = build_model(ModelConfig(small_model(tmp_path)))
-    write_export(tmp_path / "model", exported_model(plain, {}))
+    write_export(tmp_path / "model", export_of(plain))
     file = tmp_path / "model" / "open_clip_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "preprocess_cfg": preprocessing}))
     with pytest.raises(ConfigError, match=r"^model\.name"):

@@ -16,8 +16,8 @@ from accel_clip import cli
 from accel_clip.config import ModelConfig
 from accel_clip.faults import AccelClipError, ConfigError
 from accel_clip.models.build import build_model, tensors_alone
-from accel_clip.models.export import exported_model, write_export
-from helpers.models import small_model
+from accel_clip.models.export import write_export
+from helpers.models import export_of, small_model
 from helpers.patience import within
 from helpers.stand_ins import Payload
 
@@ -111,7 +111,7 @@ def test_an_export_with_a_huge_header_is_refused(tmp_path: Path) -> None:
     model = build_model(ModelConfig(small_model(tmp_path)))
     folder = tmp_path / "run" / "export"
     folder.parent.mkdir()
-    write_export(folder, exported_model(model, {}))
+    write_export(folder, export_of(model))
     (folder / "open_clip_model.safetensors").write_bytes(BROKEN["huge header.safetensors"])
     with pytest.raises(ConfigError, match="export"):
         cli.export_command([str(tmp_path / "run")])
@@ -162,7 +162,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run_and_not_asked_about(
     canary = tmp_path / "canary"
     plain = build_model(ModelConfig(small_model(tmp_path)))
     folder = tmp_path / "model"
-    write_export(folder, exported_model(plain, {}))
+    write_export(folder, export_of(plain))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/name"
     (folder / "open_clip_config.json").write_text(json.dumps(config))

@@ -242,7 +242,7 @@ def test_an_interrupted_start_is_told_where_a_kill_left_the_run_as_running(tmp_p
             time.sleep(0.05)
         process.kill()
     assert folder.status()["state"] == "running"
-    code = "import signal, accel_clip.trainer as t; t.Trainer = lambda *_: signal.raise_signal(signal.SIGTERM)"
+    code = "import signal, accel_clip.commands.train as t; t.Trainer = lambda *_: signal.raise_signal(signal.SIGTERM)"
     code += "; import sys; from accel_clip.cli import train_main; sys.exit(train_main())"
     with started(folder, [sys.executable, "-c", code, *command[2:]]) as process:
         said = process.communicate(timeout=HANG_SECONDS)[1]

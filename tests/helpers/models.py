@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+from accel_clip.models.build import ClipModel
+from accel_clip.models.export import ExportedModel, copy_of_weights, exported_model
 
 SMALL_MODEL = """{"embed_dim": 32,
  "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -35,3 +39,8 @@ def small_coca(folder: Path) -> str:
         del described["multimodal_cfg"][key]
     (folder / "small_coca.json").write_text(json.dumps(described))
     return str(folder / "small_coca.json")
+
+
+def export_of(model: ClipModel, metrics: Mapping[str, float] | None = None) -> ExportedModel:
+    """Return a model as it is now as an export."""
+    return exported_model(model, copy_of_weights(model), metrics or {})

@@ -17,10 +17,10 @@ from torch import Tensor
 from accel_clip.config import ModelConfig
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
-from accel_clip.models.export import exported_model, write_export
+from accel_clip.models.export import write_export
 from accel_clip.models.torch_script import read_torch_script
 from helpers.commands import train_py
-from helpers.models import SMALL_MODEL, small_model
+from helpers.models import SMALL_MODEL, export_of, small_model
 
 State = dict[str, Tensor]
 
@@ -248,7 +248,7 @@ HALVES = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bil
 def test_preprocessing_comes_from_beside_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"force_preprocess_cfg": HALVES, "force_quick_gelu": True}
     model = build_model(ModelConfig(small_model(tmp_path), options=options))
-    write_export(tmp_path / "export", exported_model(model, {}))
+    write_export(tmp_path / "export", export_of(model))
     file = tmp_path / "export" / "open_clip_model.safetensors"
     again = build_model(ModelConfig(small_model(tmp_path), pretrained=str(file)))
     assert {

@@ -133,9 +133,9 @@ from accel_clip.trainer import Trainer
 original = Trainer.train_step
 
 
-def train_step(self, batches):
+def train_step(self, session):
     counts.clear()
-    original(self, batches)
+    original(self, session)
     if self.accelerator.is_main_process:
         with open("counts.txt", "a") as file:
             file.write(f"{dict(counts)}\\n")

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from accel_clip.config import Config, ModelConfig, OptimConfig
-from accel_clip.evaluation.evaluator import mean_cosine
-from accel_clip.run.health import ChanceWatch, WaitWatch, describe_non_finite, is_finite, rate_warning, warn_of_collapse
+from accel_clip.evaluation.examples import mean_cosine
+from accel_clip.run.health import ChanceWatch, WaitWatch, rate_warning, warn_of_collapse
+from accel_clip.run.non_finite import describe_non_finite, is_finite
 from helpers.comparison import rounding
 
 

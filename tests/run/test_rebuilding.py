@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from accel_clip.config import Config, ModelConfig
 from accel_clip.faults import ConfigError
 from accel_clip.models.build import ClipModel, build_model
-from accel_clip.models.export import exported_model, write_export
+from accel_clip.models.export import write_export
 from accel_clip.models.tower_files import placed
 from accel_clip.run.rebuilding import build_for_run, prove_export
 from helpers.commands import accel_clip, losses_of, run, train_py
-from helpers.models import SMALL_MODEL, small_coca, small_model
+from helpers.models import SMALL_MODEL, export_of, small_coca, small_model
 
 LOADED = """
 import sys, json, torch, open_clip
@@ -76,7 +76,7 @@ def of_transformers(folder: Path, **others: Any) -> ModelConfig:
 
 
 def of_folder(folder: Path) -> ModelConfig:
-    write_export(folder / "before", exported_model(build_model(of_timm(folder)), {}))
+    write_export(folder / "before", export_of(build_model(of_timm(folder))))
     return ModelConfig(f"local-dir:{folder / 'before'}")
 
 
@@ -116,7 +116,7 @@ def test_an_export_loads_in_open_clip_elsewhere_with_equal_features(
     config = KINDS[kind](tmp_path / "here")
     model = build_model(config, needs_logit_bias=kind == "SigLIP with a bias")
     prove_export(model, config)
-    write_export(tmp_path / "export", exported_model(model, {}))
+    write_export(tmp_path / "export", export_of(model))
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / "here")
     size = model.preprocess_config["size"]
@@ -201,7 +201,7 @@ SHORT = ("--train.batch_size", "8", "--checkpoint.every", "2", "--train.precisio
 def test_a_run_goes_on_without_the_weights_it_began_with(gone: str, tmp_path: Path) -> None:
     model = small_model(tmp_path)
     torch.manual_seed(11)
-    write_export(tmp_path / "first", exported_model(build_model(ModelConfig(model)), {}))
+    write_export(tmp_path / "first", export_of(build_model(ModelConfig(model))))
     weights = tmp_path / "first" / "open_clip_model.safetensors"
     words = {
         "pretrained": ("--model.name", model, "--model.pretrained", str(weights)),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from accel_clip.commands.check.advice import warnings_about
 from accel_clip.commands.check.facts import Problem, Report
-from accel_clip.commands.check.settings import read_settings
+from accel_clip.commands.check.settings import settings_to_check
 from accel_clip.commands.check.traces import without_traces
 from accel_clip.config import Config
 from accel_clip.console import say
@@ -55,7 +55,7 @@ def report_on(arguments: list[str], description: str, asked: CheckOptions, index
     problems = Problems()
     if asked.sheet is not None:
         problems.attempt(partial(require_own, asked.sheet, CONTACT_SHEET, "--show"))
-    start = look_at_everything_named(read_settings(arguments, description, problems), problems)
+    start = look_at_everything_named(settings_to_check(arguments, description, problems), problems)
     if start is None:
         return Report(problems=listed(problems), exit_code=problems.exit_code)
     from accel_clip.commands.check.parts import planned_parts  # imports torch

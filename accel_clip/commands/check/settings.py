@@ -29,7 +29,7 @@ from accel_clip.run.problems import Problems
 PROGRAM = "accel-clip check"
 
 
-def read_settings(arguments: list[str], description: str, problems: Problems) -> Config:
+def settings_to_check(arguments: list[str], description: str, problems: Problems) -> Config:
     """Return the settings as `parse_config` does; those that cannot work are taken in and keep their defaults."""
     try:
         return parse_config(arguments, PROGRAM, description)

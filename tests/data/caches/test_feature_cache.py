@@ -70,7 +70,7 @@ def tower_of(table: Path, side: str) -> FrozenTower:
     """Return a frozen tower of a small model that drops patches while its image tower is trained."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(small_model(table.parent), options={"force_patch_dropout": 0.5}))
-    freeze(model.clip, [side])
+    freeze(model.clip, side)
     anatomy = examine(model.clip, model.tokenizer)
     accelerator = Accelerator(cpu=True)
     parallel = DataParallel(accelerator, accelerator.prepare(TrainingModel(model)))

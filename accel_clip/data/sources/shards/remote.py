@@ -253,7 +253,7 @@ def open_remote_shards(
     captions, labels = text_rules(options)
     rule = captions or labels
     assert rule is not None
-    beginning = beginning_of(addresses, name, encodings, patience_at_start)
+    beginning = first_beginning(addresses, name, encodings, patience_at_start)
     words = words_named(endings_named(rule, options.image_key)) | beginning.words()
     counts, records = beginning.counts(words), beginning.records(words)
     present = [ending for ending in counts if ending]
@@ -292,7 +292,7 @@ class ArchiveBeginning:
         return [found for stem, found in self.objects if key_and_ending(stem, RECORD, words)[1] == RECORD]
 
 
-def beginning_of(
+def first_beginning(
     addresses: Sequence[str], name: str, encodings: tuple[str, ...], patience: Patience
 ) -> ArchiveBeginning:
     """Return what stands at the beginning of the first shard that can be read; raises `DataError`."""

@@ -192,7 +192,7 @@ def problem_of_end(file: ForwardFile, block: bytes) -> str | None:
 def parse_header(block: bytes) -> Header:
     """Return what a block of 512 bytes says; raises `BrokenHeader`."""
     try:
-        stored, size = number(block[148:156]), number(block[124:136])
+        stored, size = number_of_field(block[148:156]), number_of_field(block[124:136])
     except ValueError:
         raise BrokenHeader("there is no tar header") from None
     checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
@@ -210,7 +210,7 @@ def signed_checksum(block: bytes) -> int:
     return sum(fields) - 256 * sum(byte > 127 for byte in fields) + 8 * ord(" ")
 
 
-def number(field: bytes) -> int:
+def number_of_field(field: bytes) -> int:
     """Return a number written in octal digits, or in binary after a byte of 128; raises `ValueError`."""
     value = int.from_bytes(field[1:], "big") if field[0] == 128 else int(before_null(field).strip() or b"0", 8)
     if not 0 <= value < 2**62:
