@@ -155,7 +155,7 @@ def test_a_traceback_shows_no_credential(monkeypatch: pytest.MonkeyPatch, capsys
     def broken() -> None:
         raise LookupError(f"no answer from {SIGNED}")
 
-    assert cli.guarded(broken) == 1
+    assert cli.exit_code_after(broken) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said and "LookupError: no answer from https://bucket" in said and "CANARY" not in said
 

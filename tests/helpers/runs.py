@@ -26,7 +26,7 @@ NUM_STEPS = 14
 NEVER_EQUAL = ("samples_per_second", "step_time", "data_time", "checkpoint_share")
 
 
-def short_config(output: Path, train: str, model: str, steps: int, /, **sections: Any) -> Config:
+def short_config(output: Path, train: str, model: str, /, steps: int, **sections: Any) -> Config:
     """Return settings of a short run: 8 pairs a step, one thread, no loader workers, nothing held out, no tracker."""
     config = Config(
         output_dir=str(output),

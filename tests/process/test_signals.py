@@ -20,7 +20,7 @@ from helpers.patience import HANG_SECONDS
 RUNS_STEPS = """
 import sys, time
 from accel_clip.process import signals as module
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 from accel_clip.process.signals import StopSignals
 
 module.SECONDS_BEFORE_INSISTING = {insisting}
@@ -45,7 +45,7 @@ def command():
     sys.stdout.write(f"saved after {{signals.asked}}\\n")
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 
@@ -222,7 +222,7 @@ def test_a_wait_that_raises_is_left_at_once_also_when_somebody_asked_before() ->
 SWALLOWS = """
 import sys, time
 from accel_clip.process import signals
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 
 signals.SECONDS_TO_HEAR = 1.0
 
@@ -238,7 +238,7 @@ def command():
     time.sleep(60)
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 
@@ -254,7 +254,7 @@ def test_a_start_that_swallows_an_interruption_ends_all_the_same(num_deaf: int) 
 
 KEEPS_A_THREAD = """
 import signal, sys, threading, time
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 
 
 def command():
@@ -262,7 +262,7 @@ def command():
     signal.raise_signal(signal.SIGTERM)
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 
@@ -344,7 +344,7 @@ def test_a_group_signal_leaves_the_loader_alive_until_the_run_has_stopped(number
 KILLED_WORKER = """
 import os, signal, sys
 import torch
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 from accel_clip.config import DataConfig
 from accel_clip.data.loader import iterate
 
@@ -354,7 +354,7 @@ class Deadly(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.{name})
 
 
-sys.exit(guarded(lambda: list(iterate(Deadly(), [[0, 1]] * 8, DataConfig(), 1, False))))
+sys.exit(exit_code_after(lambda: list(iterate(Deadly(), [[0, 1]] * 8, DataConfig(), 1, False))))
 """
 
 

@@ -18,7 +18,7 @@ from helpers.patience import HANG_SECONDS
 SAYS = """
 import logging, sys, warnings
 from accel_clip import console
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 
 
 def command():
@@ -37,7 +37,7 @@ def command():
     open(sys.argv[1], "w").write("got to the end")
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 

@@ -25,7 +25,7 @@ TWO_PROCESSES = """
 import os, signal, sys, time
 import torch.distributed as distributed
 import torch
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 from accel_clip.process.watchdog import Watchdog
 
 rank = int(os.environ["RANK"])
@@ -40,7 +40,7 @@ def command():
 {body}
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 
@@ -230,7 +230,7 @@ def test_processes_wait_for_each_other_as_long_as_the_watchdog_lets_them() -> No
 HANGING_WORKER = """
 import sys, time
 import torch
-from accel_clip.cli import guarded
+from accel_clip.cli import exit_code_after
 from accel_clip.data.workers import Workers
 from accel_clip.process.watchdog import Watchdog
 
@@ -251,7 +251,7 @@ def command():
             watchdog.recent.clear()
 
 
-sys.exit(guarded(command))
+sys.exit(exit_code_after(command))
 """
 
 
