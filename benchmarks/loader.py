@@ -148,7 +148,7 @@ def decoded(shard: Path) -> PictureCache:
     """Return the decoded pictures of a shard."""
     data = DataConfig(train=[str(shard)])
     source = open_source(str(shard), data)
-    decode = Preparation(TOKENIZER, PIXELS, data.max_pixels, seed=0).decoded
+    decode = Preparation(TOKENIZER, (PIXELS, PIXELS), data.max_pixels, seed=0).decoded
     folder = shard.with_name("pictures")
     pictures = DifferentPictures(source, decode)
     list(build(pictures, CachePlan.of_all(pictures), folder, {}, room_gib=100, num_workers=1))
@@ -160,7 +160,7 @@ def our_batches(shard: Path, given: Namespace, pictures: PictureCache | None = N
     data = DataConfig(train=[str(shard)])
     source = open_source(str(shard), data)
     order = Order(len(source), given.batch_size, seed=0)
-    preparation = Preparation(TOKENIZER, PIXELS, data.max_pixels, order.seed, pictures=pictures)
+    preparation = Preparation(TOKENIZER, (PIXELS, PIXELS), data.max_pixels, order.seed, pictures=pictures)
     pairs = TrainingPairs(source, order, preparation)
     places = BatchPlaces(order, range(order.batches_per_epoch), process=0, num_processes=1)
     for batch in iterate(pairs, places, data, num_workers=1, pin_memory=False):

@@ -101,7 +101,7 @@ def go_through(source: Source, given: Namespace) -> None:
     """Load epochs, and print the memory of all processes before the workers start, soon after, and at every end."""
     order = Order(len(source), BATCH, seed=0)
     tokenizer = open_clip.get_tokenizer(given.tokenizer) if given.tokenizer else zeros
-    preparation = Preparation(tokenizer, 8, 50e6, order.seed, features={"image": KnownFeatures()})
+    preparation = Preparation(tokenizer, (8, 8), 50e6, order.seed, features={"image": KnownFeatures()})
     num_batches = max(1, int(given.share * order.batches_per_epoch))
     batches = [epoch * order.batches_per_epoch + index for epoch in range(given.epochs) for index in range(num_batches)]
     places = BatchPlaces(order, batches, process=0, num_processes=1)  # type: ignore[arg-type]

@@ -238,7 +238,7 @@ def make_optimizer(clip: torch.nn.Module) -> torch.optim.Optimizer:
 def make_batch(model: ClipModel, num_pairs: int, table: Path | None, seed: int = 0) -> Batch:
     """Return noise as pictures with captions of a table, or made-up ones."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (num_pairs, 3, *model.preprocess_config["size"]), generator=generator).to(torch.uint8)
+    image = torch.randint(0, 256, (num_pairs, 3, *model.picture_size), generator=generator).to(torch.uint8)
     draw = random.Random(seed)
     captions = made_up_captions(num_pairs, draw) if table is None else captions_of(table, num_pairs, draw)
     numbers = torch.arange(num_pairs)

@@ -240,7 +240,7 @@ def test_replacements_never_put_a_sample_twice_into_a_batch(table: Path) -> None
     source = open_source(str(table), DataConfig())
     model = build_model(ModelConfig(small_model(table.parent)))
     order = Order(NUM_PAIRS, 10, seed=5)
-    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, 32, 1e6, 5))
+    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, (32, 32), 1e6, 5))
     for batch in iterate(pairs, BatchPlaces(order, range(8), 0, 1), DataConfig(), 0, pin_memory=False):
         assert len(set(batch.sample.tolist())) == 10
         assert not set(batch.sample.tolist()) & {1, 2, 3, 4, 5, 20, 21, 40}

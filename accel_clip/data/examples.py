@@ -61,7 +61,7 @@ class Example:
 class Preparation:
     """What a pair goes through before it stands in a batch, drawn by (seed, epoch, sample) alone.
 
-    image_size: of the model, one number or height and width. pixels: from a decoded picture to uint8 [3, H, W], the
+    image_size: height and width of the model's pictures. pixels: from a decoded picture to uint8 [3, H, W], the
     same every time; None = a random crop of `image_size`. features: what is known of a tower, image or text; where
     pictures are known none is decoded, and `image` is empty. pictures: their decoded pixels, so that none is decoded.
     transforms: what follows, in training alone.
@@ -70,7 +70,7 @@ class Preparation:
     def __init__(
         self,
         tokenizer: Callable[[list[str]], Tensor],
-        image_size: int | tuple[int, int],
+        image_size: tuple[int, int],
         max_pixels: float,
         seed: int,
         pixels: Callable[[Image], Tensor] | None = None,
@@ -82,7 +82,7 @@ class Preparation:
         self.pixels, self.features, self.pictures = pixels, features or {}, pictures
         self.transforms = transforms
         self.known_tokens: dict[str, tuple[bytes, bool]] = {}  # a tensor takes three times as much as its numbers
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = image_size
         self.size = width, height
 
     def example(self, pair: Pair, key: str, sample: int, epoch: int) -> Example:
@@ -137,7 +137,7 @@ def preparation_for(
     """Return what pairs go through on their way to a model, as the settings say."""
     data, preprocess = config.data, model.preprocess_config
     pixels = evaluation_pixels(preprocess) if data.augmentation == "none" else None
-    size, transforms = preprocess["size"], build_transforms(data.transforms, preprocess["size"], preprocess["mean"])
+    size, transforms = model.picture_size, build_transforms(data.transforms, model.picture_size, preprocess["mean"])
     return Preparation(model.tokenizer, size, data.max_pixels, config.seed, pixels, features, pictures, transforms)
 
 

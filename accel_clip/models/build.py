@@ -14,7 +14,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import get_model_config
-from open_clip.utils import to_2tuple
 from torch import Tensor
 
 from accel_clip.config import ModelConfig
@@ -25,6 +24,7 @@ from accel_clip.models.description import (
     Options,
     Preprocessing,
     check_description,
+    height_and_width,
     read_description,
 )
 from accel_clip.models.foreign_code import refuse_foreign_code, without_foreign_code
@@ -62,6 +62,11 @@ class ClipModel:
     """the `preprocess_cfg` of `open_clip_config.json`"""
     towers: dict[str, Any] = field(default_factory=dict)
     """the `config.json` of its towers"""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Return height and width of the pictures that it takes, in pixels."""
+        return height_and_width(self.preprocess_config["size"])
 
 
 def build_model(config: ModelConfig, needs_logit_bias: bool = False) -> ClipModel:
@@ -102,7 +107,7 @@ def fit_picture_size(clip: Any, config: ModelConfig, model_config: dict[str, Any
     """
     visual = clip.visual
     trunk = getattr(visual, "trunk", None)
-    (height, width), patch = to_2tuple(visual.image_size), patch_size_of(visual)
+    (height, width), patch = height_and_width(visual.image_size), patch_size_of(visual)
     is_chosen = config.name.endswith(".json") or config.options.get("force_image_size") is not None
     if is_chosen and patch is not None and (height % patch[0] or width % patch[1]):
         rows, columns = max(1, height // patch[0]), max(1, width // patch[1])
@@ -118,7 +123,7 @@ def patch_size_of(visual: Any) -> tuple[int, int] | None:
     """Return height and width of the patches that a tower cuts pictures into, None where it cuts none."""
     cutting = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
     size = getattr(cutting, "patch_size", None)
-    return None if size is None else tuple(to_2tuple(size))
+    return None if size is None else height_and_width(size)
 
 
 def tokenizer_of(config: ModelConfig) -> Callable[[list[str]], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,6 +145,12 @@ class Preprocessing:
     """what becomes of pictures of another shape: shortest, longest or squash"""
     fill_color: Annotated[int, Range(0, 255)]
     """of what a picture does not cover"""
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return a size in pixels as a description writes it, the edge of a square or height and width, as these two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_described(config: ModelConfig) -> None:

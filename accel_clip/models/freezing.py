@@ -82,6 +82,5 @@ def freeze_unused(model: ClipModel, loss: HasTotal) -> None:
 
 def blank_pictures(model: ClipModel) -> Tensor:
     """Return two different made-up pictures of the model's size, float32 [2, 3, H, W]."""
-    size = model.preprocess_config["size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = model.picture_size
     return torch.stack([torch.zeros(3, height, width), torch.ones(3, height, width)])

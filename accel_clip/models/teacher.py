@@ -39,8 +39,7 @@ class Teacher:
         self.trims = can_trim(self.clip, model.tokenizer)
         self.end = end_token(self.clip)
         self.clip.to(accelerator.device)
-        size = model.preprocess_config["size"]
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = model.picture_size
         self.mean, self.std = (
             torch.tensor(model.preprocess_config[key], device=accelerator.device).view(1, 3, 1, 1)
             for key in ("mean", "std")

@@ -113,13 +113,14 @@ def check_transforms(config: Config) -> None:
 
     from accel_clip.data.pictures.transforms import build_transforms, try_out
     from accel_clip.models.build import registered_name, resolved_config
+    from accel_clip.models.description import height_and_width
     from accel_clip.process.network import go_offline_without_hub
 
     name = registered_name(config.model.name)
     if name.startswith("hf-hub:"):
         go_offline_without_hub()
     vision = resolved_config(name, config.model.options)["vision_cfg"]
-    size = vision.get("image_size", CLIPVisionCfg.image_size)
+    size = height_and_width(vision.get("image_size", CLIPVisionCfg.image_size))
     transforms = build_transforms(config.data.transforms, size, PreprocessCfg.mean)
     assert transforms is not None, "they are checked where there are some"
     try_out(transforms, size)

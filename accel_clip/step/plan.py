@@ -59,9 +59,8 @@ class ModelTrial:
 
     def inputs(self, rows: int) -> dict[str, dict[str, Any]]:
         """Return made-up inputs of `rows` rows for each trained side, or for chunks of whole pairs."""
-        device, size = self.accelerator.device, self.model.preprocess_config["size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        image = torch.zeros(rows, 3, height, width, dtype=torch.uint8, device=device)
+        device = self.accelerator.device
+        image = torch.zeros(rows, 3, *self.model.picture_size, dtype=torch.uint8, device=device)
         text = self.model.tokenizer(["a picture"]).to(device).expand(rows, -1).contiguous()
         if not self.anatomy.separate:
             return {"image": {"image": image, "text": [text]}}

@@ -66,7 +66,7 @@ def tokenizer() -> Callable[[list[str]], Tensor]:
 
 def batches_of(source: Source, order: Order, num_batches: int, tokenizer: Callable[[list[str]], Tensor]) -> list[Batch]:
     """Return the first batches of a run."""
-    pairs = TrainingPairs(source, order, Preparation(tokenizer, SIZE, MAX_PIXELS, order.seed))
+    pairs = TrainingPairs(source, order, Preparation(tokenizer, (SIZE, SIZE), MAX_PIXELS, order.seed))
     return list(iterate(pairs, BatchPlaces(order, range(num_batches), 0, 1), DataConfig(), 0, pin_memory=False))
 
 

@@ -77,7 +77,7 @@ def test_a_pair_is_shown_with_its_weights_anew_in_every_epoch_and_for_another_se
     alt = tokenizer(["alt"])[0]
 
     def drawn(seed: int) -> list[bool]:
-        preparation = Preparation(tokenizer, 8, 1e6, seed)
+        preparation = Preparation(tokenizer, (8, 8), 1e6, seed)
         return [torch.equal(preparation.example(pair, "key", 5, epoch).tokens, alt) for epoch in range(200)]
 
     assert 120 < sum(drawn(0)) < 180
@@ -149,7 +149,7 @@ def test_most_captions_are_tokenized_once() -> None:
             return super().encode(text)
 
     pair = Pair(Image.new("RGB", (8, 8)), (words_of(9),))
-    preparation = Preparation(Counting(context_length=CONTEXT), 8, 1e6, 0)
+    preparation = Preparation(Counting(context_length=CONTEXT), (8, 8), 1e6, 0)
     examples = [preparation.example(pair, "key", 0, epoch) for epoch in range(5)]
     assert Counting.calls == 1 and not any(example.is_cut for example in examples)
     long = Pair(pair.image, (words_of(40),))

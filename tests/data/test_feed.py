@@ -21,7 +21,7 @@ from accel_clip.faults import ConfigError
 from helpers.pictures import numbered_picture
 from helpers.streams import StreamInMemory, tokens
 
-PREPARATION = Preparation(tokens, 16, 1e6, seed=0)
+PREPARATION = Preparation(tokens, (16, 16), 1e6, seed=0)
 
 
 class Numbers:

@@ -256,7 +256,7 @@ def constant_tokens(texts: list[str]) -> torch.Tensor:
 
 
 def batches_of(source: Any, order: BatchOrder, num_batches: int, workers: int = 0) -> list[Any]:
-    pairs = TrainingPairs(source, order, Preparation(constant_tokens, 8, 1e6, 3))
+    pairs = TrainingPairs(source, order, Preparation(constant_tokens, (8, 8), 1e6, 3))
     places = BatchPlaces(order, range(num_batches), 0, 1)
     return list(iterate(pairs, places, DataConfig(), workers, pin_memory=False))
 

@@ -39,7 +39,7 @@ def batches(
     share = 4 // num_processes
     numbers = range(process * share, (process + 1) * share)
     lanes = Lanes(stream, numbers, 4, WINDOW, SEED, marks or {})
-    parts = LaneBatches(lanes, rows, Preparation(tokens, 16, 1e6, SEED))
+    parts = LaneBatches(lanes, rows, Preparation(tokens, (16, 16), 1e6, SEED))
     loader = iterate_stream(parts, DataConfig(), workers, pin_memory=False)
     try:
         return list(islice(loader, num_batches))

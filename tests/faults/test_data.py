@@ -45,7 +45,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches_of(source: Source, batches: range, num_workers: int, num_processes: int = 1) -> Iterator[tuple[Batch, ...]]:
     """Yield contrastive batches as the parts that the processes get."""
     order = Order(len(source), BATCH, seed=5)
-    pairs = TrainingPairs(source, order, Preparation(SimpleTokenizer(), 48, 50e6, order.seed))
+    pairs = TrainingPairs(source, order, Preparation(SimpleTokenizer(), (48, 48), 50e6, order.seed))
     parts = [
         iterate(pairs, BatchPlaces(order, batches, process, num_processes), DataConfig(), num_workers, False)
         for process in range(num_processes)

@@ -509,7 +509,7 @@ def first_batch(file: str, model: ClipModel, columns: tuple[str, ...], num_worke
     config = DataConfig(train=[file], val_fraction=0)
     source = open_training(config, columns).source
     order = Order(len(source), len(source), 3)
-    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, 32, 1e6, 3))
+    pairs = TrainingPairs(source, order, Preparation(model.tokenizer, (32, 32), 1e6, 3))
     return next(iterate(pairs, BatchPlaces(order, range(1), 0, 1), config, num_workers, False))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.nn import functional
@@ -65,7 +64,6 @@ def starting_loss(parts: Parts) -> float:
 def model_facts(parts: Parts) -> ModelFacts:
     """Return what is trained and what memory one process needs for it."""
     plan, clip = parts.plan, parts.model.clip
-    size = parts.model.preprocess_config["size"]
     parameters = parameters_by_tower(clip)
     counts = {side: sum(each.numel() for each in found) for side, found in parameters.items()}
     trained = {side: sum(each.numel() for each in found if each.requires_grad) for side, found in parameters.items()}
@@ -77,7 +75,7 @@ def model_facts(parts: Parts) -> ModelFacts:
         name=parts.config.model.name,
         num_parameters=counts,
         num_trained=trained,
-        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        image_size=parts.model.picture_size,
         context_length=int(clip.context_length) if hasattr(clip, "context_length") else 0,
         micro_batch_size=plan.micro_batch_size,
         num_micro_batches=num_chunks,
@@ -99,16 +97,11 @@ def parameters_by_tower(clip: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def take_sample(parts: Parts, num_samples: int) -> Sample:
     """Return what a sample of the training pairs holds."""
-    height, width = model_size(parts.model.preprocess_config["size"])
+    height, width = parts.model.picture_size
     tokenizer, config = parts.model.tokenizer, parts.config
     source = known_part(parts.data.feed, num_samples)
     looker = PairSampler(source, tokenizer, (width, height), config.seed, config.data.max_pixels)
     return look_at_sample(looker, num_samples)
-
-
-def model_size(size: Any) -> tuple[int, int]:
-    """Return the height and width that a model takes."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def data_facts(parts: Parts, sample: Sample) -> DataFacts:
@@ -161,7 +154,7 @@ def decoded_pictures_bytes(parts: Parts, sample: Sample | None) -> int:
         return 0
     sizes = [look.decoded_size for look in sample.looks]
     if parts.config.data.augmentation == "none":
-        sizes = [model_size(parts.model.preprocess_config["size"])]
+        sizes = [parts.model.picture_size]
     return round(BYTES_OF_A_PIXEL * sum(map(math.prod, sizes)) / len(sizes) * (parts.data.num_pairs or 0))
 
 

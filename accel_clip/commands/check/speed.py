@@ -135,12 +135,10 @@ def plan_for(plan: Plan, rows: int, whole: int) -> Plan:
 
 def made_up_batch(parts: Parts, looks: list[SampledPair], rows: int) -> Batch:
     """Return noise for pictures with captions as long as those of the sample."""
-    size = parts.model.preprocess_config["size"]
-    height, width = (size, size) if isinstance(size, int) else size
     picks = [looks[row % len(looks)] for row in range(rows)]
     names = picks[0].numbers
     return Batch(
-        image=torch.randint(0, 256, (rows, 3, height, width), dtype=torch.uint8),
+        image=torch.randint(0, 256, (rows, 3, *parts.model.picture_size), dtype=torch.uint8),
         tokens=made_up_tokens([look.tokens for look in picks], len(looks)),
         sample=torch.arange(rows),
         caption_hash=torch.arange(rows),

@@ -51,25 +51,23 @@ class Transforms:
 
 
 def build_transforms(
-    items: Sequence[str | Mapping[str, Any]], size: int | Sequence[int], mean: Sequence[float]
+    items: Sequence[str | Mapping[str, Any]], size: tuple[int, int], mean: Sequence[float]
 ) -> Transforms | None:
     """Return the augmentations of `data.transforms`, or None without any; `try_out` tells whether they keep the pixels.
 
-    size: of the model, one number or height and width; mean: of its pictures, 3 numbers in [0, 1], the colour that
+    size: height and width of the model's pictures; mean: of its pictures, 3 numbers in [0, 1], the colour that
     timm's policies fill with. Raises `ConfigError` for an unknown name or option.
     """
     if not items:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    build = partial(built, hints=policy_hints(min(height, width), mean))
+    build = partial(built, hints=policy_hints(min(size), mean))
     names = [f"{SETTING}: number {place}, {name_of(item, SETTING)}" for place, item in enumerate(items, 1)]
     return Transforms(dict(zip(names, map(build, items), strict=True)))
 
 
-def try_out(transforms: Transforms, size: int | Sequence[int]) -> None:
+def try_out(transforms: Transforms, size: tuple[int, int]) -> None:
     """Raise `ConfigError` for a step that does not keep size and type of pixels, or changes those that it is given."""
-    height, width = (size, size) if isinstance(size, int) else size
-    example = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    example = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, step in transforms.steps.items():
         for seed in range(NUM_TRIALS):
             given = example.clone()

@@ -87,7 +87,7 @@ def batches_of(
     """Return the batches of three epochs."""
     order = Order(len(pairs), 5, seed=1)
     pixels = evaluation_pixels(tower.model.preprocess_config)
-    data = TrainingPairs(pairs, order, Preparation(tower.model.tokenizer, 32, 1e6, 1, pixels, features))
+    data = TrainingPairs(pairs, order, Preparation(tower.model.tokenizer, (32, 32), 1e6, 1, pixels, features))
     return list(iterate(data, BatchPlaces(order, range(12), 0, 1), DATA, num_workers, pin_memory=False))
 
 

@@ -99,8 +99,8 @@ def test_pixels_are_those_of_torchvision_seeded_by_hand_after_the_crop(table: Pa
 def test_the_order_is_the_one_given() -> None:
     pixels = noise()
     invert, solarize = {"RandomInvert": {"p": 1}}, {"RandomSolarize": {"threshold": 100, "p": 1}}
-    one = build_transforms([invert, solarize], SIZE, MEAN)
-    other = build_transforms([solarize, invert], SIZE, MEAN)
+    one = build_transforms([invert, solarize], (SIZE, SIZE), MEAN)
+    other = build_transforms([solarize, invert], (SIZE, SIZE), MEAN)
     assert one is not None and other is not None
     assert torch.equal(one(pixels, 0), torch.where(255 - pixels >= 100, pixels, 255 - pixels))
     assert torch.equal(other(pixels, 0), 255 - torch.where(pixels >= 100, 255 - pixels, pixels))
@@ -108,7 +108,7 @@ def test_the_order_is_the_one_given() -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-tweights", "augmix-m3-w3", "original-mstd0.5"])
 def test_a_policy_is_the_one_that_timm_trains_with(policy: str) -> None:
-    transforms = build_transforms([policy], SIZE, MEAN)
+    transforms = build_transforms([policy], (SIZE, SIZE), MEAN)
     whole = create_transform(SIZE, is_training=True, auto_augment=policy, mean=MEAN, interpolation="random")
     reference = next(step for step in whole.transforms if type(step).__module__ == "timm.data.auto_augment")
     assert transforms is not None
@@ -125,26 +125,28 @@ def test_a_policy_is_the_one_that_timm_trains_with(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["rand-m10-n6-inc1-p1", "rand-m0-n6-p1", "augmix-m10-mstd0", "v0r"])
 def test_a_policy_works_at_its_highest_magnitude_too(policy: str) -> None:
     """Posterize keeps no bit of a colour then, which Pillow refuses."""
-    transforms = build_transforms([policy], SIZE, MEAN)
+    transforms = build_transforms([policy], (SIZE, SIZE), MEAN)
     assert transforms is not None
     assert len({transforms(noise(), seed).numpy().tobytes() for seed in range(100)}) > 30
 
 
 def test_containers_hold_items_of_the_same_form() -> None:
     item = {"RandomApply": {"transforms": [{"Grayscale": {"num_output_channels": 3}}, "rand-m9"], "p": 1.0}}
-    transforms = build_transforms([item], SIZE, MEAN)
+    transforms = build_transforms([item], (SIZE, SIZE), MEAN)
     assert transforms is not None
     with seeded_everywhere(4):
         grey = v2.Grayscale(3)(noise())
     assert not torch.equal(transforms(noise(), 4), noise())
     only = build_transforms(
-        [{"RandomApply": {"transforms": item["RandomApply"]["transforms"][:1], "p": 1}}], SIZE, MEAN
+        [{"RandomApply": {"transforms": item["RandomApply"]["transforms"][:1], "p": 1}}], (SIZE, SIZE), MEAN
     )
     assert only is not None and torch.equal(only(noise(), 4), grey)
 
 
 def test_words_stand_for_the_constants_of_torchvision() -> None:
-    transforms = build_transforms([{"RandomRotation": {"degrees": 30, "interpolation": "bilinear"}}], SIZE, MEAN)
+    transforms = build_transforms(
+        [{"RandomRotation": {"degrees": 30, "interpolation": "bilinear"}}], (SIZE, SIZE), MEAN
+    )
     assert transforms is not None
     torch.manual_seed(8)
     expected = v2.RandomRotation(30, interpolation=v2.InterpolationMode.BILINEAR)(noise())
@@ -210,7 +212,7 @@ def test_generators_come_back_after_an_error() -> None:
 
 
 def test_they_go_through_pickle_as_to_a_worker_that_is_not_forked() -> None:
-    transforms = build_transforms([*MANY, {"RandomChoice": {"transforms": ["RandAugment", "v0"]}}], SIZE, MEAN)
+    transforms = build_transforms([*MANY, {"RandomChoice": {"transforms": ["RandAugment", "v0"]}}], (SIZE, SIZE), MEAN)
     assert transforms is not None
     copied = pickle.loads(pickle.dumps(transforms))
     assert all(torch.equal(copied(noise(), seed), transforms(noise(), seed)) for seed in range(5))
