@@ -374,7 +374,7 @@ def test_a_worker_killed_in_a_run_is_told_in_one_line(tmp_path: Path) -> None:
     """The error comes up wherever the training is at that moment, seldom where it waits for data."""
     import psutil
 
-    from helpers.commands import small_model
+    from helpers.models import small_model
 
     model = ["--model.name", small_model(tmp_path), "--train.batch_size", "16", "--train.steps", "100000"]
     words = [*model, "--data.workers", "1", "--output_dir", "run", "--track.to", "[]"]
