@@ -139,12 +139,12 @@ def check_command(arguments: list[str]) -> None:
 
     asked = CheckOptions(options.samples, options.seconds, options.processes, options.show)
     report = check(settings, CHECK_HELP, asked)
-    console.result(json.dumps(report.to_dict()) if options.json else shown("\n".join(lines_of(report))))
+    console.result(json.dumps(report.to_dict()) if options.json else for_terminal("\n".join(lines_of(report))))
     if report.exit_code:
         raise SystemExit(report.exit_code)
 
 
-def shown(text: str) -> str:
+def for_terminal(text: str) -> str:
     """Return a text without credentials, in characters that the terminal has."""
     encoding = sys.stdout.encoding or "utf-8"
     return printable(masked(text)).encode(encoding, errors="backslashreplace").decode(encoding)

@@ -35,11 +35,14 @@ from accel_clip.step.learner import Learner
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended: the metrics of what it exported, its optimizer steps, and the folder that open_clip loads."""
+    """Where a run ended."""
 
     metrics: dict[str, float]
+    """those of the model that it exported, by name"""
     num_steps: int
+    """optimizer steps that it took"""
     export: Path
+    """the folder that open_clip loads"""
 
 
 class Trainer:

@@ -111,9 +111,6 @@ def test_light_modules_import_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-FIELDS_TOLD_IN_THE_CLASS = {"run", "step", "commands", "evaluation", "trainer"}  # rooms that still do so
-
-
 def is_dataclass(node: ast.ClassDef) -> bool:
     """Return whether a class is decorated by `dataclass`, with or without arguments."""
     called = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
@@ -134,16 +131,12 @@ def untold_fields(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_string_under_each_field_says_what_it_means(file: Path) -> None:
-    if room_of(file) not in FIELDS_TOLD_IN_THE_CLASS:
-        assert not untold_fields(ast.parse(file.read_text(encoding="utf-8")))
+    assert not untold_fields(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def test_a_field_without_a_string_is_found() -> None:
     code = '@dataclass(frozen=True)\nclass A:\n    x: int\n    """edge"""\n    y: int = 0\n    z: int\n    """depth"""'
     assert untold_fields(ast.parse(code)) == ["A.y"]
-
-
-NAMED_TWICE = {"flattened", "plain", "shown"}  # in rooms that still have several meanings of them
 
 
 def named_twice() -> dict[str, set[str]]:
@@ -157,7 +150,7 @@ def named_twice() -> dict[str, set[str]]:
 
 
 def test_a_name_means_one_thing() -> None:
-    assert {name: where for name, where in named_twice().items() if name not in NAMED_TWICE} == {}
+    assert named_twice() == {}
 
 
 REDUCES = {"DistributedDataParallel", "no_sync", "trigger_sync_in_backward", "sync_gradients"}

@@ -40,6 +40,7 @@ class BoundEvaluator:
     """A registered evaluator with its options bound."""
 
     name: str
+    """the one that it is registered under"""
     evaluator: Any
     """what the entry has built, see `Measures`"""
 

@@ -40,10 +40,12 @@ Problems = dict[int, UnusableSample]
 
 @dataclass(frozen=True)
 class PictureChunk:
-    """Pictures ready for the image tower, float32 [n, 3, H, W]; those in `problems` are black."""
+    """Pictures ready for the image tower."""
 
     pictures: Tensor
+    """float32 [n, 3, H, W]; those in `problems` are black"""
     problems: Problems = field(default_factory=dict)
+    """what is wrong with those that cannot be used, by their place in the chunk"""
 
     def pin_memory(self) -> PictureChunk:
         """Return the pictures in page-locked memory (called by torch's DataLoader)."""

@@ -33,7 +33,9 @@ class Encoders:
     """
 
     accelerator: Accelerator
+    """device, precision and processes"""
     model: ClipModel
+    """the one that is measured"""
     batch_size: int
     """pictures or captions encoded at once, on one process"""
     max_pixels: float

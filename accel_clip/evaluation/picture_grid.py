@@ -33,11 +33,14 @@ WIDE_FONTS = (  # Linux, macOS, Windows; Pillow looks in the system's font folde
 
 @dataclass(frozen=True)
 class GridRow:
-    """A caption, its nearest pictures (RGB), best first, and which of them are its own."""
+    """A caption and its nearest pictures."""
 
     caption: str
+    """the text"""
     pictures: list[Image.Image]
+    """RGB, best first"""
     own: list[bool]
+    """which of them are the caption's own"""
 
 
 def retrieval_grid(rows: list[GridRow]) -> Image.Image:

@@ -97,11 +97,14 @@ def chunk_ranks(scores: Tensor, own_query: Tensor, own_candidate: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class Nearest:
-    """A caption, the pictures that score highest for it, best first, and which of them are its own."""
+    """A caption and the pictures that score highest for it."""
 
     text: int
+    """number of the caption"""
     images: tuple[int, ...]
+    """numbers of the pictures, best first"""
     own: tuple[bool, ...]
+    """which of them are the caption's own"""
 
 
 def nearest_examples(

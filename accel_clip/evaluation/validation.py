@@ -23,20 +23,22 @@ from accel_clip.randomness import derive_seed
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The pairs of a held-out source, its pictures and captions counted once.
-
-    indices: where in the source each of the N pictures stands; captions: the M texts; image_of_pair, text_of_pair:
-    int64 [P], what belongs together, every caption of every pair; image_of_row, text_of_row: int64 [R], the same for
-    each pair with its first caption only.
-    """
+    """The pairs of a held-out source, its N pictures and M captions counted once."""
 
     source: Source
+    """what the pictures are fetched from"""
     indices: list[int]
+    """where in the source each of the N pictures stands"""
     captions: list[str]
+    """the M texts"""
     image_of_pair: Tensor
+    """the picture of every pair with every caption of it, int64 [P]"""
     text_of_pair: Tensor
+    """the caption of these, int64 [P]"""
     image_of_row: Tensor
+    """the picture of each pair with its first caption only, int64 [R]"""
     text_of_row: Tensor
+    """the caption of these, int64 [R]"""
 
     def only(self, pictures: list[int]) -> HeldOutPairs:
         """Return the pairs of some of the pictures; captions that are left without any go too."""

@@ -27,15 +27,16 @@ from accel_clip.process.waiting import UNWATCHED, Lookout
 
 @dataclass(frozen=True)
 class LabelledPictures:
-    """Pictures of a source and the class of each.
-
-    indices: their places in the source; classes: class names, sorted; class_of_picture: int64 [N].
-    """
+    """Pictures of a source and the class of each."""
 
     source: Source
+    """what the pictures are fetched from"""
     indices: list[int]
+    """where in the source each of the N pictures stands"""
     classes: list[str]
+    """class names, sorted"""
     class_of_picture: Tensor
+    """the number of each picture's class, int64 [N]"""
 
     def only(self, pictures: list[int]) -> LabelledPictures:
         """Return some of the pictures; all classes stay to be told apart."""

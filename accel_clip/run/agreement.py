@@ -19,8 +19,11 @@ class Request:
     num_bad_samples: int
     """unusable samples that it has met and nobody else knows of"""
     save_is_due: bool
+    """whether it is time for a checkpoint, by this process's clock"""
     save_has_failed: bool
+    """whether writing a checkpoint in the background went wrong"""
     stop_is_asked: bool
+    """whether a signal has asked this process to stop"""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Agreement:
     num_bad_samples: int
     """unusable samples that one process alone knows of, in all of them"""
     save_is_due: bool
-    """by the clock of the first process"""
+    """whether it is time for a checkpoint, by the clock of the first process"""
     save_has_failed: bool
+    """whether writing a checkpoint in the background went wrong on a process"""
     stop_is_asked: bool
-    """of at least one process"""
+    """whether a signal has asked at least one process to stop"""
     num_cut_captions: int
     """captions of the step's pairs with more tokens than the model reads"""
     num_pairs: dict[str, int]

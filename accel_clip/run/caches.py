@@ -23,6 +23,7 @@ class Caches:
     features: Mapping[str, FeatureCache]
     """of the frozen tower, by its side: image or text"""
     pictures: PictureCache | None
+    """the decoded pictures, None where they are decoded again in every epoch"""
 
     def preparation(self, parts: RunParts, stage: Stage) -> Preparation:
         """Return what pairs go through in a stage, with all that is known of them."""

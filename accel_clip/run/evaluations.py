@@ -19,9 +19,13 @@ class Evaluations:
     """What takes part in an evaluation in the course of a run."""
 
     evaluator: Evaluator
+    """what measures"""
     learner: Learner
+    """whose model is measured"""
     logbook: Logbook
+    """where the metrics are told"""
     hooks: Hooks
+    """who else is told them"""
 
     def run(self, state: RunState, epoch: float, tracking: Tracking, lookout: Lookout) -> None:
         """Evaluate the model as it is after a step, and take down what was measured; collective. Raises `StopAsked`."""

@@ -32,10 +32,15 @@ class Status:
     """What `STATUS.json` says."""
 
     state: str
+    """running, complete, failed or preempted"""
     step: Count
+    """the optimizer step that it stood at"""
     exit_code: int | None = None
+    """what the command ended with, None while it goes"""
     error: str | None = None
+    """why it ended, None where nothing went wrong"""
     resume_command: str = ""
+    """the command line that goes on with it, empty where none does"""
 
 
 class RunFolder:

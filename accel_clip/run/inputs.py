@@ -44,8 +44,11 @@ class NamedSource:
     """A source as a setting names it, and its rows."""
 
     source: Source
+    """what the setting was opened as"""
     written: str
+    """the value of `eval.zero_shot`, empty for sources of other settings"""
     rows: Rows
+    """what is known of each of its pairs"""
 
     @cached_property
     def summary(self) -> dict[str, Any]:

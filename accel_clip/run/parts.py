@@ -45,8 +45,11 @@ class RunData:
     labelled: Source | None
     """pictures for zero-shot classification, None without any"""
     feed: Feed
+    """what batches are loaded from, in the order of the run"""
     timetable: Timetable
+    """which batch belongs to which step, epoch and stage"""
     schedule: Schedule
+    """the learning rate of each step, and how many steps there are"""
 
     @property
     def held_out(self) -> Source | None:
@@ -69,6 +72,7 @@ class RunModel:
     """The model of a run, frozen as the settings say."""
 
     model: ClipModel
+    """what is trained"""
     lacks_weights: AccelClipError | None
     """why it lacks its first weights, where the checkpoint of a run that goes on described it"""
 
@@ -78,16 +82,23 @@ class RunParts:
     """What a run is made of, as it is before its first step or before a checkpoint is put back."""
 
     config: Config
+    """the settings"""
     num_processes: int
     """those that train, of which a check is none"""
     loss: Loss
+    """what is made smaller"""
     accelerator: Accelerator
+    """device, precision and processes"""
     data: RunData
+    """pairs, their order, and the length of the run"""
     model: ClipModel
+    """what is trained"""
     lacks_weights: AccelClipError | None
     """as in `RunModel`"""
     assembly: Assembly
+    """model, loss and optimizer as a step uses them"""
     evaluator: Evaluator
+    """what measures the model"""
     num_workers: int
     """processes that load for each process that trains"""
 

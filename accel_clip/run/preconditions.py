@@ -26,7 +26,9 @@ class Start:
     """All that is known of a run before torch is imported, looked at once."""
 
     config: Config
+    """the settings"""
     decision: Decision
+    """what becomes of the run's folder"""
     locations: Locations
     """where each source is that the settings name"""
 

@@ -29,16 +29,22 @@ from accel_clip.typed import fit
 
 @dataclass(frozen=True)
 class Resumable:
-    """Everything in a run that changes from step to step: `saver` has weights and optimizer, the others the rest."""
+    """Everything in a run that changes from step to step."""
 
     config: Config
+    """the settings that it goes by"""
     folder: RunFolder
+    """where it stands on disk"""
     saver: Saver
+    """weights and optimizer, and the checkpoints that they are written to"""
     state: RunState
     """where the run stands; whoever holds it sees a load"""
     feed: Feed
+    """where the streams of the data stand"""
     logbook: Logbook
+    """meters, early stopping and the list of unusable samples"""
     hooks: Hooks
+    """what the user's own hooks keep"""
     inputs: Inputs | None
     """what the settings name by path, on the first process"""
 

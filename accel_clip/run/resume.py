@@ -122,6 +122,7 @@ class WithSettings:
     """What of a checkpoint's `state.json` tells the settings of its run."""
 
     config: dict
+    """as `config.yaml` has them"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class WithModel:
     """What of a checkpoint's `state.json` describes the model."""
 
     model: ModelState
+    """what the model's export would say"""
 
 
 def described_model(config: Config) -> ModelState | None:
@@ -157,17 +159,17 @@ def is_complete(folder: RunFolder, config: Config, changed: Iterable[str]) -> bo
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ by dotted key, with both values."""
-    old, new = flattened(before), flattened(now)
+    old, new = values_by_key(before), values_by_key(now)
     return {key: (old[key], new[key]) for key in old if old[key] != new[key]}
 
 
-def flattened(config: Config) -> dict[str, Any]:
+def values_by_key(config: Config) -> dict[str, Any]:
     """Return every setting by its dotted key; settings that are dictionaries themselves stay whole."""
     settings = config.to_dict()
-    return {key: plain(reduce(getitem, key.split("."), settings)) for key in known_keys()}
+    return {key: as_json_gives_back(reduce(getitem, key.split("."), settings)) for key in known_keys()}
 
 
-def plain(value: Any) -> Any:
+def as_json_gives_back(value: Any) -> Any:
     """Return a setting as JSON gives it back, so that a tuple equals a list."""
     return json.loads(json.dumps(value))
 

@@ -104,8 +104,11 @@ class Session:
     """What a run that goes has open."""
 
     watch: Watch
+    """who may end the run from outside of its steps"""
     tracking: Tracking
+    """the trackers that points are written to"""
     loader: StageLoader
+    """where batches come from"""
 
 
 @contextmanager

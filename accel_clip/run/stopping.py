@@ -13,10 +13,12 @@ SMALLER_IS_BETTER = ("loss", "rank", "time", "grad_norm")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one point says: the best so far, and whether it is time to stop."""
+    """What one point says."""
 
     is_best: bool
+    """whether its metric is the best so far"""
     should_stop: bool
+    """whether it is time to stop"""
 
 
 class EarlyStopping:

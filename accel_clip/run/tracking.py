@@ -134,7 +134,7 @@ class Tracking:
 def store_settings(tracker: Any, config: Config, is_main_process: bool) -> None:
     """Show the settings of a run in a tracker."""
     if tracker.name != TENSORBOARD:
-        tracker.store_init_configuration(flattened(config.to_dict()))
+        tracker.store_init_configuration(flat_for_trackers(config.to_dict()))
     elif is_main_process:
         tracker.writer.add_text("config", f"```yaml\n{yaml.safe_dump(config.to_dict())}\n```")
         tracker.writer.flush()
@@ -183,12 +183,12 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_for_trackers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one dictionary of dotted keys and values that trackers take."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat.update(flattened(value, f"{prefix}{key}."))
+            flat.update(flat_for_trackers(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat

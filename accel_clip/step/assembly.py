@@ -23,16 +23,18 @@ from accel_clip.step.plan import ModelTrial
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a step works on; the model in `parallel` and `optimizer` are prepared by the accelerator.
-
-    trained: the parameters that get a gradient, the loss's own among them.
-    """
+    """What a step works on."""
 
     anatomy: Anatomy
+    """what may be done with the model's towers"""
     trained: list[nn.Parameter]
+    """the parameters that get a gradient, the loss's own among them"""
     parallel: DataParallel
+    """the model as the accelerator has prepared it"""
     optimizer: Any
+    """the optimizer as the accelerator has prepared it"""
     place: ModelTrial
+    """what a trial of the model needs"""
 
 
 def assemble(config: Config, accelerator: Accelerator, loss: Loss, model: ClipModel) -> Assembly:

@@ -15,29 +15,29 @@ from accel_clip.models.towers import length_groups, text_chunks, unique_captions
 
 @dataclass(frozen=True)
 class Plan:
-    """How a process's part of a batch is cut: rows per chunk, and how many of a side's last chunks keep their graph.
-
-    micro_batch_size: rows that go through a tower at once; captions_per_chunk: more than that where all graphs are kept
-    anyway and nothing is drawn, since a chunk costs a gradient of the whole vocabulary; kept: by the side that is
-    trained, image or text; by image for chunks of whole pairs; cost_of_a_group: what a group of captions of nearly
-    equal length costs beside its tokens, in tokens; large where work comes in large pieces.
-    """
+    """How a process's part of a batch is cut."""
 
     micro_batch_size: int
+    """rows that go through a tower at once"""
     captions_per_chunk: int
+    """captions that do: more than rows where all graphs are kept anyway and nothing is drawn, since a chunk costs a
+    gradient of the whole vocabulary"""
     kept: dict[str, int]
+    """how many of a side's last chunks keep their graph, by the side that is trained, image or text; by image for
+    chunks of whole pairs"""
     cost_of_a_group: int
+    """what a group of captions of nearly equal length costs beside its tokens, in tokens; large where work comes in
+    large pieces"""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What goes through the model at once: `inputs` by name (image, text), and which items they are, int64 [n].
-
-    Pictures are one tensor, captions a list of groups that may differ in length.
-    """
+    """What goes through the model at once."""
 
     inputs: dict[str, Tensor | list[Tensor]]
+    """by name: image, one tensor of pictures; text, a list of groups of captions, which may differ in length"""
     rows: Tensor
+    """which items they are, int64 [n]"""
 
     @property
     def side(self) -> str:
@@ -51,10 +51,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkedBatch:
-    """The chunks of one process's batch. Caption i of the batch is item `text_of_pair[i]` of the text side."""
+    """The chunks of one process's batch."""
 
     chunks: list[Chunk]
+    """all of them, in the order in which they go through the model"""
     text_of_pair: Tensor
+    """which item of the text side the caption of each pair is, int64 [b]"""
 
     def to_pairs(self, name: str, items: Tensor) -> Tensor:
         """Return one row a pair from one row an item of the output `name`."""

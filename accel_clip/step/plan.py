@@ -41,11 +41,14 @@ STATE_BYTES = 12  # a parameter's gradient and the two moments of Adam in float3
 
 @dataclass(frozen=True)
 class ModelTrial:
-    """What a trial needs: the wrapped model, how to make up inputs for it, and where it runs."""
+    """What a trial of a model on this machine needs."""
 
     parallel: DataParallel
+    """the wrapped model, and where it runs"""
     model: ClipModel
+    """its picture size and tokenizer, which made-up inputs are of"""
     anatomy: Anatomy
+    """what may be done with its towers"""
 
     @property
     def accelerator(self) -> Accelerator:

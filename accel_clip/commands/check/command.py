@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What a report is asked for.
-
-    num_samples: of the training pairs to look at; seconds: how long speed is measured, 0 for not at all; num_processes:
-    that will train; sheet: the folder for a page that shows the first pairs, None for none.
-    """
+    """What a report is asked for."""
 
     num_samples: int
+    """training pairs to look at"""
     seconds: float
+    """how long speed is measured, 0 for not at all"""
     num_processes: int
+    """those that will train"""
     sheet: Path | None = None
+    """the folder for a page that shows the first pairs, None for none"""
 
 
 def check(arguments: list[str], description: str, asked: CheckOptions) -> Report:

@@ -21,17 +21,20 @@ LONGEST_SHOWN = 1000  # characters of a caption that are never read
 
 @dataclass(frozen=True)
 class Shown:
-    """A pair: its picture, the part of its caption that is read and the part that is not, and of how many it is one.
-
-    tokens: what the tokenizer makes of the caption, None where it cannot say; problem: why there is no pair.
-    """
+    """A pair as training sees it, or why it cannot be used."""
 
     picture: Image.Image | None = None
+    """its augmented picture, None where there is no pair"""
     read: str = ""
+    """the part of its caption that is read"""
     unread: str = ""
+    """the part that is not"""
     tokens: str | None = None
+    """what the tokenizer makes of the caption, None where it cannot say"""
     num_captions: int = 1
+    """of how many captions of the pair this is one"""
     problem: str = ""
+    """why there is no pair, empty where there is one"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Row:
     """The first pairs of a source."""
 
     name: str
+    """the source's"""
     pairs: Sequence[Shown]
+    """as training sees them, in their order"""
 
 
 STYLE = """
@@ -103,14 +108,14 @@ def tile(picture: Image.Image, pair: Shown) -> Iterator[str]:
     yield f'<p dir="auto">{text(pair.read)}{unread}</p>'
     if pair.unread:
         yield '<p class="small">cut · <span lang="zh-CN">被截断</span></p>'
-    if pair.tokens is not None and plain(pair.tokens) != plain(pair.read):
+    if pair.tokens is not None and without_case_and_space(pair.tokens) != without_case_and_space(pair.read):
         yield f'<p class="small">as tokens · <span lang="zh-CN">分词后</span>: {text(pair.tokens)}</p>'
     if pair.num_captions > 1:
         number = pair.num_captions
         yield f'<p class="small">one of {number} captions · <span lang="zh-CN">{number} 条文本之一</span></p>'
 
 
-def plain(caption: str) -> str:
+def without_case_and_space(caption: str) -> str:
     """Return a caption without what tokenizers change and readers do not miss: capitals and white space."""
     return "".join(caption.lower().split())
 

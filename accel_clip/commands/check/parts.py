@@ -22,6 +22,7 @@ class Parts(RunParts):
     """What a run is made of, and how a process cuts its part of a batch."""
 
     plan: Plan
+    """micro-batches and the graphs that are kept, found by trying on this machine"""
 
     @property
     def place(self) -> ModelTrial:

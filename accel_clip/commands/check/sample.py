@@ -31,34 +31,46 @@ MOST_SECONDS = 60.0  # large pictures are decoded at ten a second: fewer are loo
 
 @dataclass(frozen=True)
 class SampledPair:
-    """A usable pair: its picture's size in pixels, its tokens int [L], and whether they are not all of the caption.
-
-    source: the name of the one that it comes from; decoded_size: that of what is decoded of the picture for training;
-    is_file_name: whether the caption is the name of a picture file.
-    """
+    """A usable pair of the sample."""
 
     source: str
+    """name of the source that it comes from"""
     caption: str
+    """the one that is drawn for the first epoch"""
     picture_size: tuple[int, int]
+    """width and height of its picture in pixels"""
     decoded_size: tuple[int, int]
+    """width and height of what is decoded of the picture for training"""
     tokens: Tensor
+    """those of the caption, int [L]"""
     is_cut: bool
+    """whether they are not all of the caption"""
     picture_hash: int
+    """equal for equal pictures"""
     caption_hash: int
+    """equal for equal captions"""
     numbers: dict[str, Tensor]
+    """further columns of the pair, by name"""
     is_file_name: bool
+    """whether the caption is the name of a picture file"""
 
 
 @dataclass
 class Sample:
-    """What was found: the usable pairs, and the unusable ones by reason, of each the first with its index."""
+    """What was found."""
 
     num_looked_at: int = 0
+    """pairs that were looked at, usable or not"""
     looks: list[SampledPair] = field(default_factory=list)
+    """the usable ones"""
     unusable: Counter[str] = field(default_factory=Counter)
+    """how many are not, by reason"""
     first: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """the one that stands first in the data, by reason: its index, and what is wrong with it"""
     num_missing_files: int = 0
+    """unusable ones that another `data.image_root` might have"""
     seconds: float = 0.0
+    """what looking at all took"""
 
     def take_unusable(self, source: Source, index: int, problem: UnusableSample) -> None:
         """Count an unusable pair, and keep the one of its reason that stands first in the data."""
@@ -86,13 +98,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class PairSampler:
-    """Looks at pairs as the loader does; `size` is the model's, width and height in pixels."""
+    """Looks at pairs as the loader does."""
 
     source: Source
+    """what it looks at pairs of"""
     tokenizer: Callable[..., Tensor]
+    """the model's, from texts to int [n, L]"""
     size: tuple[int, int]
+    """the model's picture size, width and height in pixels"""
     seed: int
+    """that of the run, which a pair's caption is drawn by"""
     max_pixels: float
+    """largest picture that is decoded, in pixels"""
 
     def look_at(self, index: int) -> SampledPair:
         """Return what a pair is in the first epoch; raises `UnusableSample` where the loader does."""

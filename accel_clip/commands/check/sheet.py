@@ -34,11 +34,14 @@ FIRST_EPOCH = 0
 
 @dataclass(frozen=True)
 class Piece:
-    """Pairs of one source: `indices` in `source`, which are what training draws their augmentation by."""
+    """The first pairs of one source."""
 
     name: str
+    """the source's"""
     source: Source
+    """what the pairs are fetched from"""
     indices: range
+    """their places in it, which are what training draws their augmentation by"""
 
 
 def write_sheet(parts: Parts, folder: Path) -> Path:
@@ -70,10 +73,10 @@ def pieces(feed: Feed) -> Iterator[Piece]:
 
 def shown_of(piece: Piece, preparation: Preparation) -> list[Shown]:
     """Return what is seen of each pair, or what is wrong with it."""
-    return [shown(piece.source, index, preparation) for index in piece.indices]
+    return [pair_shown(piece.source, index, preparation) for index in piece.indices]
 
 
-def shown(source: Source, index: int, preparation: Preparation) -> Shown:
+def pair_shown(source: Source, index: int, preparation: Preparation) -> Shown:
     """Return what training sees of a pair in its first epoch, or what is wrong with it."""
     try:
         pair = source[index]
