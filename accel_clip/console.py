@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from accel_clip.faults import UNREAD_EXIT_CODE
 from accel_clip.redaction import masked, printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 def is_first_process() -> bool:
@@ -47,24 +53,37 @@ def error(message: str, from_every_process: bool = False) -> None:
         write_line(f"accel-clip: error: {message}")
 
 
+def progress_bar(
+    total: int, unit: str, items: Iterable[T] = (), num_done: int = 0, stays: bool = True, is_hidden: bool = False
+) -> tqdm[T]:
+    """Return a bar that is shown by the first process alone, and goes forward with `items` or by its `update`.
+
+    stays: whether it is left standing when it is closed.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        items,
+        total=total,
+        unit=unit,
+        initial=num_done,
+        leave=stays,
+        disable=is_hidden or not is_first_process(),
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 5.0,  # seconds; in a log file every redraw is a line
+    )
+
+
 class Progress:
     """A progress bar over the steps of a run, on the first process."""
 
     def __init__(self) -> None:
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(disable=True)
+        self.bar: tqdm = progress_bar(0, "step", is_hidden=True)
 
     def open(self, num_steps: int, num_done: int = 0) -> None:
         """Show the bar of a run of which some steps are done."""
-        from tqdm.auto import tqdm
-
-        interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
-        hidden = not is_first_process()
         self.bar.close()
-        self.bar = tqdm(
-            total=num_steps, initial=num_done, unit="step", dynamic_ncols=True, disable=hidden, mininterval=interval
-        )
+        self.bar = progress_bar(num_steps, "step", num_done=num_done)
 
     def advance(self) -> None:
         """Count one step."""

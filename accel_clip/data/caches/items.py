@@ -5,7 +5,6 @@ What cannot be used is handed on as the error that says why, for `cache_folder.p
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,9 +18,8 @@ from accelerate.utils import broadcast_object_list
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from accel_clip.console import is_first_process, say
+from accel_clip.console import progress_bar, say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.caches.folder import CacheFolder, Fingerprint
 from accel_clip.data.captions import identity_hash
@@ -111,9 +109,7 @@ def load_chunks(items: Items, chunks: Sequence[Sequence[int]], workers: Workers,
     """
     lists = [list(chunk) for chunk in chunks]
     loaded = workers.load(items, partial(collate_items, join), lists)
-    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds; in a log file every redraw is a line
-    hidden = not is_first_process()
-    for chunk in tqdm(loaded, total=len(lists), unit="chunk", leave=False, disable=hidden, mininterval=interval):
+    for chunk in progress_bar(len(lists), "chunk", loaded, stays=False):
         yield usable_or_raise(chunk)
 
 
