@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from accel_clip.data.caches.feature_encoding import FrozenTower, open_features
+from accel_clip.data.caches.feature_encoding import open_features
 from accel_clip.data.caches.features import FeatureCache
 from accel_clip.data.caches.picture_building import open_pictures
 from accel_clip.data.caches.pictures import PictureCache
 from accel_clip.data.examples import Preparation, preparation_for
+from accel_clip.models.frozen_tower import FrozenTower
 from accel_clip.process.waiting import Lookout
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.parts import RunParts

@@ -21,7 +21,7 @@ from accel_clip.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from accel_clip.data import examples
 from accel_clip.data.batch import Batch
 from accel_clip.data.caches import feature_encoding
-from accel_clip.data.caches.feature_encoding import FrozenTower, open_features
+from accel_clip.data.caches.feature_encoding import open_features
 from accel_clip.data.caches.features import FeatureCache, FeatureWriter
 from accel_clip.data.examples import Preparation
 from accel_clip.data.loader import BatchPlaces, TrainingPairs, iterate
@@ -36,6 +36,7 @@ from accel_clip.models.anatomy import examine
 from accel_clip.models.build import build_model
 from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze
+from accel_clip.models.frozen_tower import FrozenTower
 from accel_clip.models.training_model import TrainingModel
 from accel_clip.process.signals import StopAsked
 from accel_clip.process.waiting import Lookout
