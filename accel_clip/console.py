@@ -13,6 +13,8 @@ from accel_clip.redaction import masked, printable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from accel_clip.meters import AverageMeter, RateMeter  # imports torch
+
 T = TypeVar("T")
 
 
@@ -89,17 +91,20 @@ class Progress:
         """Count one step."""
         self.bar.update()
 
-    def show(self, point: Mapping[str, float]) -> None:
-        """Put loss, learning rate, logit scale, rate and the share of time spent waiting for data behind the bar."""
+    def show(self, loss: AverageMeter, rate: RateMeter, point: Mapping[str, float]) -> None:
+        """Put loss, learning rate, logit scale, rate and the share of time spent waiting for data behind the bar.
+
+        loss: the last one, and their mean since the last point.
+        """
         waiting = point["data_time"] / max(point["data_time"] + point["step_time"], 1e-9)
-        shown = {
-            "loss": f"{point['loss']:.4f}",
-            "lr": f"{point['lr']:.2e}",
-            "scale": f"{point['logit_scale']:.2f}",
-            "pairs/s": f"{point['samples_per_second']:.0f}",
-            "data": f"{waiting:.0%}",
-        }
-        self.bar.set_postfix(shown, refresh=False)
+        shown = (
+            str(loss) if loss.count else f"{loss.name} nan",  # without any: every step was left out
+            f"lr {point['lr']:.2e}",
+            f"scale {point['logit_scale']:.2f}",
+            str(rate),
+            f"data {waiting:.0%}",
+        )
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the figures of an evaluation above the bar."""

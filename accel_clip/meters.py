@@ -36,7 +36,9 @@ class AverageMeter:
         self.count: float = 0
 
     def update(self, val: Value, n: float = 1) -> None:
-        """Take in the mean `val` of `n` samples."""
+        """Take in the mean `val` of `n` samples; of none, it changes nothing."""
+        if not n:
+            return
         self._val = detached(val)
         self._sum = self._sum + self._val * n
         self.count += n
@@ -57,50 +59,8 @@ class AverageMeter:
         return self.sum / self.count if self.count else 0.0
 
     def __str__(self) -> str:
-        return with_average(self.name, self.fmt, self.val, self.avg)
-
-
-class SampleWeightedAverage:
-    """An exponential average whose memory is `horizon` samples, whatever the batch size.
-
-    A value fades by exp(-n / horizon) while `n` samples pass, so two batches of 32 count as one of 64. The weights
-    of all values are normalised, which takes away the pull towards the zero it starts from (as in Adam,
-    arXiv 1412.6980, section 3).
-    """
-
-    def __init__(self, name: str, horizon: float, fmt: str = ":.4f") -> None:
-        assert horizon > 0, horizon
-        self.name = name
-        self.horizon = horizon
-        self.fmt = fmt
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all values."""
-        self._val: Value = 0.0
-        self._sum: Value = 0.0
-        self._weight = 0.0
-
-    def update(self, val: Value, n: float = 1) -> None:
-        """Take in the mean `val` of `n` samples."""
-        kept = math.exp(-n / self.horizon)
-        added = -math.expm1(-n / self.horizon)
-        self._val = detached(val)
-        self._sum = self._sum * kept + self._val * added
-        self._weight = self._weight * kept + added
-
-    @property
-    def val(self) -> float:
-        """The last value."""
-        return float(self._val)
-
-    @property
-    def avg(self) -> float:
-        """The average, 0 before the first value."""
-        return float(self._sum) / self._weight if self._weight else 0.0
-
-    def __str__(self) -> str:
-        return with_average(self.name, self.fmt, self.val, self.avg)
+        spec = self.fmt.lstrip(":")
+        return f"{self.name} {format(self.val, spec)} ({format(self.avg, spec)})"
 
 
 class RateMeter:
@@ -185,6 +145,10 @@ class MeterGroup:
         self.reset()
         return values
 
+    def mean(self, name: str) -> AverageMeter:
+        """Return the meter of a mean as it is until the group starts anew."""
+        return self._means[name]
+
     def last(self) -> dict[str, float]:
         """Return the last value of every mean by name; no collective."""
         return {name: meter.val for name, meter in self._means.items()}
@@ -249,9 +213,3 @@ def scalar(number: Value, dtype: torch.dtype, device: torch.device) -> Tensor:
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def with_average(name: str, fmt: str, val: float, avg: float) -> str:
-    """Return `name val (avg)` with both numbers formatted by `fmt`, which is written like `:.4f`."""
-    spec = fmt.lstrip(":")
-    return f"{name} {format(val, spec)} ({format(avg, spec)})"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from accel_clip.meters import AverageMeter, MeterGroup, RateMeter, SampleWeightedAverage
+from accel_clip.meters import AverageMeter, MeterGroup, RateMeter
 
 
 class Clock:
@@ -59,6 +59,13 @@ def test_average_meter_prints_value_and_mean():
     assert str(AverageMeter("Step", fmt=":6.2f")) == "Step   0.00 (  0.00)"
 
 
+def test_an_update_of_no_samples_changes_nothing():
+    meter = AverageMeter("Loss")
+    meter.update(2.0)
+    meter.update(0.0, n=0)
+    assert str(meter) == "Loss 2.0000 (2.0000)"
+
+
 def test_a_float32_sum_is_kept_in_float64():
     meter = AverageMeter("x")
     for _ in range(1000):
@@ -74,32 +81,13 @@ def test_a_meter_keeps_the_value_and_not_the_tensor():
     assert (meter.val, meter.avg) == (2, 2)
 
 
-@pytest.mark.parametrize("meter", [AverageMeter("x"), SampleWeightedAverage("x", 10), MeterGroup()], ids=type)
+@pytest.mark.parametrize("meter", [AverageMeter("x"), MeterGroup()], ids=type)
 def test_updates_never_read_the_device(meter):
     unreadable = torch.empty((), device="meta")  # reading it raises
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(unreadable)
     for _ in range(3):
         meter.update(*(("x",) if isinstance(meter, MeterGroup) else ()), unreadable, 4)
-
-
-def test_sample_weighted_average_does_not_move_with_the_batch_size():
-    values = numpy.random.default_rng(1).normal(size=64)
-    small, large = SampleWeightedAverage("x", horizon=500), SampleWeightedAverage("x", horizon=500)
-    for value in values:
-        large.update(value, 32)
-        for _ in range(4):
-            small.update(torch.tensor(value), 8)
-    assert small.avg == pytest.approx(large.avg, rel=1e-12)
-    weights = numpy.exp(-32 / 500 * numpy.arange(63, -1, -1))
-    assert large.avg == pytest.approx(numpy.average(values, weights=weights), rel=1e-12)
-
-
-def test_sample_weighted_average_is_not_pulled_to_zero():
-    average = SampleWeightedAverage("Loss", horizon=1e6)
-    average.update(5.0, 2)
-    assert average.avg == pytest.approx(5.0)
-    assert str(average) == "Loss 5.0000 (5.0000)"
 
 
 def test_rate_meter_counts_seconds_that_are_not_paused():

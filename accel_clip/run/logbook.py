@@ -33,7 +33,7 @@ class Logbook:
     def __init__(self, config: Config, accelerator: Accelerator, folder: RunFolder, num_workers: int) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.report, self.meters = MeterGroup(), MeterGroup()
-        self.rate, self.progress = RateMeter("pairs/s"), Progress()
+        self.rate, self.progress = RateMeter("pairs/s", ":.0f"), Progress()
         self.bad_samples = BadSampleLog(folder.bad_samples, config.data.max_bad_fraction)
         self.chance_watch = ChanceWatch(config.train.batch_size)
         self.wait_watch = WaitWatch(num_workers, cores_per_process())
@@ -74,6 +74,7 @@ class Logbook:
 
     def log(self, tracking: Tracking, state: RunState, facts: Mapping[str, float]) -> None:
         """Write a training point: means over the steps since the last one, over all processes, and `facts`."""
+        loss = self.meters.mean("loss")
         point = self.meters.averages()
         samples_per_second, train = self.rate.rate, self.config.train
         step_time = train.batch_size * train.accumulate / samples_per_second - point["data_time"]
@@ -86,10 +87,10 @@ class Logbook:
         }
         if len(state.num_pairs) > 1:
             point |= {f"{PAIRS_OF}{name}": number for name, number in state.num_pairs.items()}
+        self.progress.show(loss, self.rate, point)
         self.rate.reset()
         self.chance_watch.look(state.step, point)
         self.wait_watch.look(state.step, point)
-        self.progress.show(point)
         self.record(tracking, state, point)
 
     def record(self, tracking: Tracking, state: RunState, point: dict[str, float]) -> None:
