@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from accel_clip import SOURCES, Config, cli, train
 from accel_clip.command_line import save_config
 from accel_clip.commands.check.command import look_at_everything_named
-from accel_clip.commands.check.parts import Parts, planned_parts
+from accel_clip.commands.check.parts import PlannedParts, planned_parts
 from accel_clip.config import (
     CheckpointConfig,
     DataConfig,
@@ -95,7 +95,7 @@ def config_for(folder: Path, train_on: str, **sections: Any) -> Config:
     return replace(config, **sections)
 
 
-def checked_parts(config: Config, folder: Path) -> Parts:
+def checked_parts(config: Config, folder: Path) -> PlannedParts:
     """Return the parts of a run as a check builds them."""
     problems = Problems()
     start = look_at_everything_named(config, problems)

@@ -28,7 +28,7 @@ def recover(folder: Path) -> None:
         raise StorageError(f"{folder}: what a killed run left could not be removed: {error}") from error
 
 
-def find_newest(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
+def find_newest(folder: Path, check: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none.
 
     For one process: damaged ones are renamed to `step-….corrupt`, and one line says why and what is used instead.
@@ -37,7 +37,7 @@ def find_newest(folder: Path, look: ContentCheck = check_contents) -> Checkpoint
     newest = None
     for path in newest_first(folder):
         try:
-            newest = verify_step(path, look)
+            newest = verify_step(path, check)
             break
         except InvalidCheckpoint as reason:
             damaged.append(f"{path.name}: {reason} (now {set_aside(path, 'corrupt').name})")
@@ -47,16 +47,16 @@ def find_newest(folder: Path, look: ContentCheck = check_contents) -> Checkpoint
     return newest
 
 
-def find_whole(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
+def find_whole(folder: Path, check: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, None when there is none; damaged ones stay where they are."""
     for path in newest_first(folder):
         with suppress(InvalidCheckpoint):
-            return verify_step(path, look)
+            return verify_step(path, check)
     return None
 
 
 def find_newest_for_all(
-    accelerator: Accelerator, folder: Path, look: ContentCheck = check_contents
+    accelerator: Accelerator, folder: Path, check: ContentCheck = check_contents
 ) -> Checkpoint | None:
     """Clean up and search on the first process, and return what it found on every one.
 
@@ -65,7 +65,7 @@ def find_newest_for_all(
     newest = None
     if accelerator.is_main_process:
         recover(folder)
-        newest = find_newest(folder, look)
+        newest = find_newest(folder, check)
     found = torch.tensor(-1 if newest is None else newest.step, device=accelerator.device)
     step = int(broadcast(found))
     if newest is not None or step < 0:
@@ -77,21 +77,21 @@ def find_newest_for_all(
         raise ConfigError(f"output_dir: {path}: {reason}: all machines must share the folder of the run") from reason
 
 
-def find_best(folder: Path, look: ContentCheck = check_contents) -> Checkpoint | None:
+def find_best(folder: Path, check: ContentCheck = check_contents) -> Checkpoint | None:
     """Return the checkpoint that `BEST` points to, None when there is none that verifies."""
     path = pointed(folder, BEST)
     try:
-        return None if path is None else verify_step(path, look)
+        return None if path is None else verify_step(path, check)
     except InvalidCheckpoint as reason:
         say(f"warning: the best checkpoint cannot be used: {path}: {reason}")
         return None
 
 
-def open_checkpoint(path: Path, look: ContentCheck = check_contents) -> Checkpoint:
+def open_checkpoint(path: Path, check: ContentCheck = check_contents) -> Checkpoint:
     """Return the checkpoint in a folder that the user named; raises `ConfigError` when it does not verify."""
     try:
         checkpoint = verify(path)
-        look(checkpoint)
+        check(checkpoint)
         return checkpoint
     except InvalidCheckpoint as reason:
         raise ConfigError(
@@ -99,10 +99,10 @@ def open_checkpoint(path: Path, look: ContentCheck = check_contents) -> Checkpoi
         ) from reason
 
 
-def verify_step(path: Path, look: ContentCheck) -> Checkpoint:
+def verify_step(path: Path, check: ContentCheck) -> Checkpoint:
     """Verify a checkpoint under the name of its step, and what it holds; raises `InvalidCheckpoint`."""
     checkpoint = verify(path)
     if checkpoint.step != step_of(path):
         raise InvalidCheckpoint(f"it holds step {checkpoint.step}")
-    look(checkpoint)
+    check(checkpoint)
     return checkpoint

@@ -30,8 +30,8 @@ from accel_clip.randomness import derive_seed
 class Saver:
     """Saves a run and puts it back. The first process writes; every process takes part, so that all know how it went.
 
-    parts: the unwrapped model and the loss; scaler: the state of fp16's gradient scaler goes with them; look: whether a
-    checkpoint is one of a run with these settings.
+    parts: the unwrapped model and the loss; scaler: the state of fp16's gradient scaler goes with them; check: whether
+    a checkpoint is one of a run with these settings.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Saver:
         config: CheckpointConfig,
         parts: nn.Module,
         optimizer: Optimizer,
-        look: ContentCheck,
+        check: ContentCheck,
     ) -> None:
         self.accelerator, self.folder, self.config = accelerator, folder, config
-        self.parts, self.optimizer, self.look = parts, optimizer, look
+        self.parts, self.optimizer, self.check = parts, optimizer, check
         self.writer = Writer(folder, config.keep) if accelerator.is_main_process else None
         self.error: StorageError | None = None
         self.begin = self.last_save = time.monotonic()
@@ -102,10 +102,10 @@ class Saver:
         of its own where the path leads to another run, it goes on from that. Raises `ConfigError` for a path that
         cannot be used.
         """
-        resume, newest = self.config.resume, find_newest_for_all(self.accelerator, self.folder, self.look)
+        resume, newest = self.config.resume, find_newest_for_all(self.accelerator, self.folder, self.check)
         if resume in ("auto", "never") or (newest is not None and load_state(newest).get("resume") == resume):
             return newest
-        named = open_checkpoint(Path(resume), self.look)
+        named = open_checkpoint(Path(resume), self.check)
         self.accelerator.wait_for_everyone()
         if self.is_own(named):
             if self.accelerator.is_main_process:
@@ -121,7 +121,7 @@ class Saver:
 
     def file_sizes(self, found: Checkpoint | None) -> dict[str, int]:
         """Return how much of the files that grow belongs to this run where it goes on; nothing of another run's."""
-        own = found if found is None or self.is_own(found) else find_newest(self.folder, self.look)
+        own = found if found is None or self.is_own(found) else find_newest(self.folder, self.check)
         return {} if own is None else load_state(own)["file_sizes"]
 
     def point_to_best(self, step: int) -> None:

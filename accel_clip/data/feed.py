@@ -82,19 +82,19 @@ class Feed:
         passes = [part.epochs() for part in self.streams]
         return sum(passes) / len(passes)
 
-    def open(self, batches: range, seat: LoaderRank, preparation: Preparation) -> Batches:
+    def open(self, batches: range, rank: LoaderRank, preparation: Preparation) -> Batches:
         """Yield one process's part of the batches that are named; closed, it ends the loader workers."""
         whole = sum(part.num_pairs for part in self.parts)
         with ExitStack() as opened:
             loaded = []
-            pin_parts = seat.pin_memory and len(self.parts) == 1  # what is joined is pinned afterwards
+            pin_parts = rank.pin_memory and len(self.parts) == 1  # what is joined is pinned afterwards
             for part in self.parts:
-                num_workers = ceil(seat.num_workers * part.num_pairs / whole)
-                own_seat = replace(seat, num_workers=num_workers, pin_memory=pin_parts)
-                loaded.append(opened.enter_context(closing(part.open(batches, own_seat, preparation, self.data))))
+                num_workers = ceil(rank.num_workers * part.num_pairs / whole)
+                own_rank = replace(rank, num_workers=num_workers, pin_memory=pin_parts)
+                loaded.append(opened.enter_context(closing(part.open(batches, own_rank, preparation, self.data))))
             for _ in batches:
                 batch = joined_batch([next(each) for each in loaded])
-                yield batch.pin_memory() if seat.pin_memory and not pin_parts else batch
+                yield batch.pin_memory() if rank.pin_memory and not pin_parts else batch
 
     def places(self) -> list[dict[int, LanePosition]]:
         """Return where this process stands in the streams."""

@@ -51,7 +51,7 @@ class BatchPart(Protocol):
         """Return how many pairs of a batch come from each source, by its name, on average where it varies."""
         ...
 
-    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, rank: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Return one process's part of the batches that are named; a stream gives those that follow."""
         ...
 
@@ -75,11 +75,11 @@ class FetchedPart:
         """Return how many pairs of a batch come from each source."""
         return pairs_in_batch(self.source, self.order)
 
-    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, rank: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that are named."""
-        places = BatchPlaces(self.order, batches, seat.process, seat.num_processes)
+        places = BatchPlaces(self.order, batches, rank.process, rank.num_processes)
         pairs = TrainingPairs(self.source, self.order, preparation)
-        with closing(iterate(pairs, places, data, seat.num_workers, seat.pin_memory)) as loaded:
+        with closing(iterate(pairs, places, data, rank.num_workers, rank.pin_memory)) as loaded:
             for batch in loaded:
                 counts = count_by_source(self.source, batch.sample.numpy())
                 yield replace(batch, num_pairs=counts)
@@ -109,23 +109,23 @@ class StreamPart:
         """Return how many pairs of a batch come from the stream."""
         return {self.name: self.num_pairs}
 
-    def open(self, batches: range, seat: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
+    def open(self, batches: range, rank: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
         """Yield one process's part of the batches that follow, where it stands in the stream in their marks.
 
         Raises `ConfigError` when the lanes cannot be divided among the processes.
         """
-        if self.num_lanes % seat.num_processes:
+        if self.num_lanes % rank.num_processes:
             fitting = [str(number) for number in range(1, self.num_lanes + 1) if self.num_lanes % number == 0]
             raise ConfigError(
-                f"data.train: the run reads {self.stream.name} in {self.num_lanes} lanes, which {seat.num_processes} "
+                f"data.train: the run reads {self.stream.name} in {self.num_lanes} lanes, which {rank.num_processes} "
                 f"processes cannot divide: go on with {', '.join(fitting)}"
             )
-        own = self.num_lanes // seat.num_processes
-        numbers = range(seat.process * own, (seat.process + 1) * own)
+        own = self.num_lanes // rank.num_processes
+        numbers = range(rank.process * own, (rank.process + 1) * own)
         self.marks = {number: mark for number, mark in self.marks.items() if number in numbers}
         lanes = Lanes(self.stream, numbers, self.num_lanes, self.window, self.seed, dict(self.marks))
         parts = LaneBatches(lanes, self.num_pairs // self.num_lanes, preparation)
-        with closing(iterate_stream(parts, data, seat.num_workers, seat.pin_memory)) as loaded:
+        with closing(iterate_stream(parts, data, rank.num_workers, rank.pin_memory)) as loaded:
             for batch in loaded:
                 self.marks.update({mark.lane: mark for mark in batch.marks})
                 yield replace(batch, num_pairs={self.name: len(batch)})

@@ -19,7 +19,7 @@ from itertools import islice
 from random import Random
 
 from accel_clip.data.bad_samples import MISSING, UnusableSample
-from accel_clip.data.sources.base import Stream, Streamed
+from accel_clip.data.sources.base import Stream, StreamItem
 from accel_clip.faults import ConfigError, DataError, some_of
 from accel_clip.randomness import derive_seed
 
@@ -55,7 +55,7 @@ class LanePosition:
 class LaneItem:
     """What a lane gives."""
 
-    item: Streamed
+    item: StreamItem
     """a pair, or what is wrong with one"""
     shard: int
     """number of the shard that it comes from"""
@@ -67,7 +67,7 @@ class LaneItem:
 class ShardItem:
     """What a shard gives."""
 
-    item: Streamed
+    item: StreamItem
     """a pair, or what is wrong with one"""
     shard: int
     """number of the shard that it comes from"""
@@ -139,12 +139,12 @@ class Lane:
         return order
 
 
-def is_lost(last: Streamed | None) -> bool:
+def is_lost(last: StreamItem | None) -> bool:
     """Return whether a shard ended since it could not be fetched."""
     return last is not None and isinstance(last.pair, UnusableSample) and last.pair.reason == MISSING
 
 
-def lost_too_many(stream: Stream, number: int, last: Streamed | None) -> DataError:
+def lost_too_many(stream: Stream, number: int, last: StreamItem | None) -> DataError:
     """Return the error for shards in a row that cannot be read."""
     assert last is not None and isinstance(last.pair, UnusableSample)
     return DataError(

@@ -26,7 +26,7 @@ from accel_clip.plugins import PluginsFirst
 
 
 @dataclass(frozen=True)
-class FoundExample:
+class UsableExample:
     """An example, and what was met in search of it."""
 
     example: Example
@@ -35,20 +35,20 @@ class FoundExample:
     """the unusable ones before it"""
 
 
-class TrainingPairs(PluginsFirst, Dataset[FoundExample | DataError]):
+class TrainingPairs(PluginsFirst, Dataset[UsableExample | DataError]):
     """The pairs of a source by their place in the order; an unusable one is replaced by rule."""
 
     def __init__(self, source: Source, order: BatchOrder, preparation: Preparation) -> None:
         self.source, self.order, self.preparation = source, order, preparation
 
-    def __getitem__(self, place: Place) -> FoundExample | DataError:
+    def __getitem__(self, place: Place) -> UsableExample | DataError:
         """Return the pair at a place; an error is returned too, since raised in a worker it would lose its message."""
         try:
             return self.find(place)
         except DataError as error:
             return error
 
-    def find(self, place: Place) -> FoundExample:
+    def find(self, place: Place) -> UsableExample:
         """Return the pair at a place, or the first usable one that may stand there; raises `DataError` without any.
 
         The search ends early where nothing but missing files is met: a wrong folder is told before all of it is tried.
@@ -58,7 +58,7 @@ class TrainingPairs(PluginsFirst, Dataset[FoundExample | DataError]):
             try:
                 pair = self.source[sample]
                 example = self.preparation.example(pair, self.source.key(sample), sample, place.epoch)
-                return FoundExample(example, tuple(met))
+                return UsableExample(example, tuple(met))
             except UnusableSample as problem:
                 met.append(self.describe(problem, sample, place.epoch, its_turn=not met))
             if len(met) >= SAMPLES_TO_KNOW_THE_ROOT and all(bad.reason == MISSING for bad in met):
@@ -87,12 +87,12 @@ class BatchPlaces(Sampler[list[Place]]):
             yield self.order.places(batch, self.process, self.num_processes)
 
 
-def collate_examples(fetched: Sequence[FoundExample | DataError]) -> Batch | DataError:
+def collate_examples(fetched: Sequence[UsableExample | DataError]) -> Batch | DataError:
     """Return what was found as one batch, or the first error among it."""
     for item in fetched:
         if isinstance(item, DataError):
             return item
-    found = [item for item in fetched if isinstance(item, FoundExample)]
+    found = [item for item in fetched if isinstance(item, UsableExample)]
     return batch_of([item.example for item in found], [bad for item in found for bad in item.bad_samples])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.evaluation.picture_grid import GridRow, retrieval_grid
-from accel_clip.evaluation.retrieval import Nearest
+from accel_clip.evaluation.retrieval import NearestPictures
 from accel_clip.evaluation.validation import HeldOutPairs
 
 
@@ -19,7 +19,7 @@ class RetrievalExamples:
 
     pairs: HeldOutPairs
     """the usable ones, which `nearest` counts in"""
-    nearest: list[Nearest]
+    nearest: list[NearestPictures]
     """a caption each, from top to bottom"""
     mean_cosines: dict[str, float]
     """mean cosine between the features of pictures, and between those of captions"""
@@ -30,7 +30,7 @@ class RetrievalExamples:
         """Return the nearest pictures of the captions, uint8 [H, W, 3]; no collective: call it where it is shown."""
         return numpy.asarray(retrieval_grid([self.grid_row(each) for each in self.nearest]))
 
-    def grid_row(self, example: Nearest) -> GridRow:
+    def grid_row(self, example: NearestPictures) -> GridRow:
         """Return a caption with its nearest pictures, decoded again."""
         stored = [self.pairs.source[self.pairs.indices[image]].image for image in example.images]
         pictures = [decode_picture(image, self.max_pixels) for image in stored]

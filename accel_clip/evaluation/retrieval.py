@@ -96,7 +96,7 @@ def chunk_ranks(scores: Tensor, own_query: Tensor, own_candidate: Tensor) -> Ten
 
 
 @dataclass(frozen=True)
-class Nearest:
+class NearestPictures:
     """A caption and the pictures that score highest for it."""
 
     text: int
@@ -114,7 +114,7 @@ def nearest_examples(
     text_of_pair: Tensor,
     num_queries: int = 8,
     num_nearest: int = 5,
-) -> list[Nearest]:
+) -> list[NearestPictures]:
     """Return the nearest pictures of a few captions, the same captions every time: evenly spaced over all."""
     queries = torch.linspace(0, len(text_features) - 1, min(num_queries, len(text_features))).long()
     scores = (text_features[queries].double() @ image_features.double().T).float()
@@ -122,5 +122,5 @@ def nearest_examples(
     examples = []
     for text, images in zip(queries.tolist(), nearest.tolist(), strict=True):
         own = set(image_of_pair[text_of_pair == text].tolist())
-        examples.append(Nearest(text, tuple(images), tuple(image in own for image in images)))
+        examples.append(NearestPictures(text, tuple(images), tuple(image in own for image in images)))
     return examples

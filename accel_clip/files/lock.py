@@ -26,7 +26,7 @@ SECONDS_OF_A_LOOK = 1.0  # another process may just be looking whether the lock 
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """Who holds a lock, as the file of the lock says."""
 
     pid: int
@@ -120,7 +120,7 @@ def lock(descriptor: int) -> None:
 def held_error(folder: Path) -> ConfigError:
     """Return the error for a run folder that another process owns, which it names where it can."""
     try:
-        holder: Holder = read_json(folder / LOCK, Holder)
+        holder: LockHolder = read_json(folder / LOCK, LockHolder)
         who = f"process {holder.pid} on {holder.host[:80]}"
     except (OSError, WrongContent):
         who = "another process"

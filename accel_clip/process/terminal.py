@@ -12,7 +12,7 @@ from typing import Any, TextIO
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)  # pipe or socket, terminal, descriptor
 
 
-class Lasting:
+class LastingStream:
     """A text stream whose failures to write are nobody's error: what cannot be written is dropped.
 
     is_lost: whether its reader is gone. From then on the null device takes everything, also what libraries write past
@@ -65,18 +65,22 @@ class Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let standard output and standard error be `Lasting` during a block; one that was closed is the null device."""
+    """Let standard output and error be a `LastingStream` each during a block; one that was closed is the null device."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Lasting):
+            if isinstance(stream, LastingStream):
                 stream.settle()
         sys.stdout, sys.stderr = before
 
 
 def lasting(stream: TextIO | None) -> Any:
     """Return a stream that lasts."""
-    return stream if isinstance(stream, Lasting) else Lasting(stream or open(os.devnull, "w", encoding="utf-8"))
+    return (
+        stream
+        if isinstance(stream, LastingStream)
+        else LastingStream(stream or open(os.devnull, "w", encoding="utf-8"))
+    )

@@ -121,9 +121,9 @@ def build_saver(parts: RunParts, folder: RunFolder) -> Saver:
     config, loss = parts.config, parts.loss
     modules = nn.ModuleDict({"clip": parts.model.clip, "loss": nn.ParameterList(loss.parameters())})
     goes_past = config.train.non_finite == "rollback"
-    look = partial(check_run, batches_per_step=config.train.accumulate, is_exact=not goes_past)
+    check = partial(check_run, batches_per_step=config.train.accumulate, is_exact=not goes_past)
     optimizer = parts.assembly.optimizer
-    return Saver(parts.accelerator, folder.checkpoints, config.checkpoint, modules, optimizer, look)
+    return Saver(parts.accelerator, folder.checkpoints, config.checkpoint, modules, optimizer, check)
 
 
 def read_inputs(parts: RunParts, found: Checkpoint | None) -> Inputs | None:

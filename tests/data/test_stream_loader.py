@@ -14,7 +14,7 @@ from accel_clip.data.bad_samples import UnusableData, UnusableSample
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import Preparation
 from accel_clip.data.lanes import Lane, LanePosition, choose_num_lanes
-from accel_clip.data.sources.base import Stream, Streamed
+from accel_clip.data.sources.base import Stream, StreamItem
 from accel_clip.data.stream_loader import LaneBatches, Lanes, iterate_stream
 from accel_clip.faults import ConfigError, DataError
 from helpers.streams import StreamInMemory, tokens
@@ -73,10 +73,10 @@ def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
 def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
     @dataclass
     class WithoutLast(StreamInMemory):
-        def read(self, shard: int, start: int) -> Iterator[Streamed]:
+        def read(self, shard: int, start: int) -> Iterator[StreamItem]:
             for item in super().read(shard, start):
                 missing = UnusableSample("missing_file", "the sample has no picture", item.key)
-                yield Streamed(item.key, missing, item.end) if item.end == self.lengths[shard] else item
+                yield StreamItem(item.key, missing, item.end) if item.end == self.lengths[shard] else item
 
     lane = Lane(WithoutLast([11]), 0, 1, WINDOW, SEED)  # its last window holds that sample alone
     whole = list(islice(lane.give(LanePosition(0)), 30))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.base import Pair, Streamed
+from accel_clip.data.sources.base import Pair, StreamItem
 from helpers.pictures import numbered_picture
 
 
@@ -26,16 +26,16 @@ class StreamInMemory:
     def num_shards(self) -> int:
         return len(self.lengths)
 
-    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+    def read(self, shard: int, start: int) -> Iterator[StreamItem]:
         if shard in self.lost:
-            yield Streamed(f"{shard}", UnusableSample("missing_file", "no answer", f"shard {shard}"), 1)
+            yield StreamItem(f"{shard}", UnusableSample("missing_file", "no answer", f"shard {shard}"), 1)
             return
         for number in range(start, self.lengths[shard]):
             key = f"{shard}/{number}"
             pair: Pair | UnusableSample = Pair(numbered_picture(shard * 40 + number, (20, 24)), (f"{shard} {number}",))
             if (shard, number) in self.broken:
                 pair = UnusableSample("no_caption", "none", key) if number % 2 else Pair(b"broken", ("a",))
-            yield Streamed(key, pair, number + 1)
+            yield StreamItem(key, pair, number + 1)
 
 
 def tokens(captions: list[str]) -> Tensor:

@@ -24,7 +24,7 @@ from accel_clip.run.problems import Problems
 from accel_clip.run.resume import decide
 
 if TYPE_CHECKING:
-    from accel_clip.commands.check.parts import Parts
+    from accel_clip.commands.check.parts import PlannedParts
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def look_at_everything_named(config: Config, problems: Problems) -> Start | None
     if problems.concern("plugins"):
         return None
     locations = locate_sources(config, problems)
-    for look in name_checks(config, decision.described):
-        problems.attempt(look)
+    for name_check in name_checks(config, decision.described):
+        problems.attempt(name_check)
     return Start(config, decision, locations)
 
 
-def measured(parts: Parts, goes_on: bool, num_samples: int, seconds: float, problems: Problems) -> Report:
+def measured(parts: PlannedParts, goes_on: bool, num_samples: int, seconds: float, problems: Problems) -> Report:
     """Return the report on a run whose parts are there: what they are, then what measuring them shows."""
     from accel_clip.commands.check import limits, sections
     from accel_clip.commands.check.speed import measure_speed
@@ -106,9 +106,9 @@ def measured(parts: Parts, goes_on: bool, num_samples: int, seconds: float, prob
     if data is not None:
         problems.attempt(partial(limits.refuse_unusable, data))
     speed = None
-    if sample is not None and sample.looks and seconds > 0:
+    if sample is not None and sample.pairs and seconds > 0:
         say(f"measuring loader and step for about {seconds:.0f} seconds")
-        speed = problems.attempt(partial(measure_speed, parts, sample.looks, seconds))
+        speed = problems.attempt(partial(measure_speed, parts, sample.pairs, seconds))
     disk = problems.attempt(partial(sections.disk_facts, parts, sample))
     if disk is not None:
         problems.attempt(partial(limits.refuse_full_disk, disk, parts.config.output_dir))

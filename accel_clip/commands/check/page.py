@@ -20,7 +20,7 @@ LONGEST_SHOWN = 1000  # characters of a caption that are never read
 
 
 @dataclass(frozen=True)
-class Shown:
+class PagePair:
     """A pair as training sees it, or why it cannot be used."""
 
     picture: Image.Image | None = None
@@ -38,12 +38,12 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Row:
+class PageSection:
     """The first pairs of a source."""
 
     name: str
     """the source's"""
-    pairs: Sequence[Shown]
+    pairs: Sequence[PagePair]
     """as training sees them, in their order"""
 
 
@@ -72,7 +72,7 @@ ABOUT_IN_CHINESE = (
 )
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(sections: Sequence[PageSection]) -> str:
     """Return the page."""
     return "\n".join(
         [
@@ -82,26 +82,26 @@ def page(rows: Sequence[Row]) -> str:
             f"<title>{TITLE} · {TITLE_IN_CHINESE}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f'<h1>{TITLE} · <span lang="zh-CN">{TITLE_IN_CHINESE}</span></h1>',
             f'<p>{ABOUT}</p>\n<p lang="zh-CN">{ABOUT_IN_CHINESE}</p>',
-            *(line for row in rows for line in section(row)),
+            *(line for each in sections for line in section_lines(each)),
             "</body>\n</html>\n",
         ]
     )
 
 
-def section(row: Row) -> Iterator[str]:
+def section_lines(section: PageSection) -> Iterator[str]:
     """Yield the lines about a source."""
-    yield f"<h2>{text(row.name)}</h2>\n<ul>"
-    for number, pair in enumerate(row.pairs, start=1):
+    yield f"<h2>{text(section.name)}</h2>\n<ul>"
+    for number, pair in enumerate(section.pairs, start=1):
         yield f"<li>{problem(number, pair) if pair.picture is None else ''.join(tile(pair.picture, pair))}</li>"
     yield "</ul>"
 
 
-def problem(number: int, pair: Shown) -> str:
+def problem(number: int, pair: PagePair) -> str:
     """Return what is shown of a pair that cannot be used."""
     return f'<p class="problem">{number}. not used · <span lang="zh-CN">不可用</span>: {text(pair.problem)}</p>'
 
 
-def tile(picture: Image.Image, pair: Shown) -> Iterator[str]:
+def tile(picture: Image.Image, pair: PagePair) -> Iterator[str]:
     """Yield what is shown of a pair: its picture, its caption, and what is not plain about it."""
     yield f'<img src="{as_address(picture)}" alt="" width="{picture.width}" height="{picture.height}">'
     unread = f"<del>{text(pair.unread[:LONGEST_SHOWN])}</del>" if pair.unread else ""

@@ -18,7 +18,7 @@ from accel_clip.step.plan import ModelTrial, choose_plan
 
 
 @dataclass(frozen=True)
-class Parts(RunParts):
+class PlannedParts(RunParts):
     """What a run is made of, and how a process cuts its part of a batch."""
 
     plan: Plan
@@ -50,7 +50,7 @@ class Parts(RunParts):
         return self.config.train.batch_size // self.num_processes
 
 
-def planned_parts(start: Start, num_processes: int, problems: Problems, index_folder: Path) -> Parts | None:
+def planned_parts(start: Start, num_processes: int, problems: Problems, index_folder: Path) -> PlannedParts | None:
     """Return the parts of a run, or None after taking in everything that keeps them from being built.
 
     index_folder: where the indexes of shards are kept that are not there yet.
@@ -60,9 +60,9 @@ def planned_parts(start: Start, num_processes: int, problems: Problems, index_fo
         return None
     own = own_part(start.config.train, num_processes)
     plan = problems.attempt(partial(choose_plan, parts.assembly.place, own))
-    return (
-        None if plan is None else Parts(**{each.name: getattr(parts, each.name) for each in fields(parts)}, plan=plan)
-    )
+    if plan is None:
+        return None
+    return PlannedParts(**{each.name: getattr(parts, each.name) for each in fields(parts)}, plan=plan)
 
 
 def own_part(config: TrainConfig, num_processes: int) -> TrainConfig:

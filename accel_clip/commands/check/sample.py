@@ -61,7 +61,7 @@ class Sample:
 
     num_looked_at: int = 0
     """pairs that were looked at, usable or not"""
-    looks: list[SampledPair] = field(default_factory=list)
+    pairs: list[SampledPair] = field(default_factory=list)
     """the usable ones"""
     unusable: Counter[str] = field(default_factory=Counter)
     """how many are not, by reason"""
@@ -84,16 +84,16 @@ class Sample:
     def captions(self) -> dict[str, list[str]]:
         """Return the first few captions of each source, on one line each, the end of a long one left out."""
         shown: dict[str, list[str]] = {}
-        for look in self.looks:
-            found = shown.setdefault(look.source, [])
+        for pair in self.pairs:
+            found = shown.setdefault(pair.source, [])
             if len(found) < CAPTIONS_TO_SHOW:
-                end = f" [cut after {len(look.tokens)} tokens]" if look.is_cut else ""
-                found.append(textwrap.shorten(look.caption, LONGEST_SHOWN, placeholder=" …") + end)
+                end = f" [cut after {len(pair.tokens)} tokens]" if pair.is_cut else ""
+                found.append(textwrap.shorten(pair.caption, LONGEST_SHOWN, placeholder=" …") + end)
         return shown
 
     def num_repeated(self, kind: str) -> int:
         """Return how many pairs show a picture, or a caption, that one before them shows."""
-        return len(self.looks) - len({getattr(look, f"{kind}_hash") for look in self.looks})
+        return len(self.pairs) - len({getattr(pair, f"{kind}_hash") for pair in self.pairs})
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PairSampler:
     """Looks at pairs as the loader does."""
 
     source: Source
-    """what it looks at pairs of"""
+    """what it takes pairs of"""
     tokenizer: Callable[..., Tensor]
     """the model's, from texts to int [n, L]"""
     size: tuple[int, int]
@@ -142,7 +142,7 @@ class PairSampler:
         return sizes[0], decoded.size
 
 
-class Beginning:
+class StreamBeginning:
     """The first pairs of a stream, as a source that knows its pairs; they come from up to four of its shards."""
 
     def __init__(self, stream: Stream, num_samples: int) -> None:
@@ -168,19 +168,19 @@ class Beginning:
 def known_part(feed: Feed, num_samples: int) -> Source:
     """Return the pairs that can be fetched by their number, and the beginnings of streams."""
     sources: list[Source] = [] if feed.fetched is None else [feed.fetched.source]
-    sources += [Beginning(part.stream, max(1, num_samples // len(feed.parts))) for part in feed.streams]
+    sources += [StreamBeginning(part.stream, max(1, num_samples // len(feed.parts))) for part in feed.streams]
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
-def look_at_sample(looker: PairSampler, num_samples: int) -> Sample:
+def look_at_sample(sampler: PairSampler, num_samples: int) -> Sample:
     """Return what a sample of a source holds; smaller than asked for where decoding takes too long."""
     sample = Sample()
     start = time.perf_counter()
-    for index in spread(len(looker.source), num_samples):
+    for index in spread(len(sampler.source), num_samples):
         try:
-            sample.looks.append(looker.look_at(index))
+            sample.pairs.append(sampler.look_at(index))
         except UnusableSample as problem:
-            sample.take_unusable(looker.source, index, problem)
+            sample.take_unusable(sampler.source, index, problem)
         sample.num_looked_at += 1
         sample.seconds = time.perf_counter() - start
         if sample.seconds > MOST_SECONDS:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from accel_clip.checkpoint.snapshot import expected_bytes
 from accel_clip.checkpoint.storage import available_bytes
 from accel_clip.commands.check.facts import DataFacts, DiskFacts, ModelFacts, RunFacts
-from accel_clip.commands.check.parts import Parts
+from accel_clip.commands.check.parts import PlannedParts
 from accel_clip.commands.check.sample import PairSampler, Sample, known_part, look_at_sample
 from accel_clip.config import GIB
 from accel_clip.data.bad_samples import REASONS
@@ -23,7 +23,7 @@ BYTES_OF_A_FEATURE = 4
 BYTES_OF_A_PIXEL = 3
 
 
-def run_facts(parts: Parts, goes_on: bool) -> RunFacts:
+def run_facts(parts: PlannedParts, goes_on: bool) -> RunFacts:
     """Return how long the run is and on what it runs; goes_on: the folder holds one, which is continued."""
     config, data = parts.config, parts.data
     num_steps, length = data.schedule.num_steps, data.feed.batches_per_epoch
@@ -49,7 +49,7 @@ def run_facts(parts: Parts, goes_on: bool) -> RunFacts:
     )
 
 
-def starting_loss(parts: Parts) -> float:
+def starting_loss(parts: PlannedParts) -> float:
     """Return the contrastive loss of a model that cannot tell pairs apart: ln(B), or that of the sigmoid loss.
 
     Features that have nothing to do with each other have a similarity of about 0.
@@ -61,7 +61,7 @@ def starting_loss(parts: Parts) -> float:
     return float(functional.softplus(-bias) + (batch_size - 1) * functional.softplus(bias))
 
 
-def model_facts(parts: Parts) -> ModelFacts:
+def model_facts(parts: PlannedParts) -> ModelFacts:
     """Return what is trained and what memory one process needs for it."""
     plan, clip = parts.plan, parts.model.clip
     parameters = parameters_by_tower(clip)
@@ -95,18 +95,18 @@ def parameters_by_tower(clip: nn.Module) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def take_sample(parts: Parts, num_samples: int) -> Sample:
+def take_sample(parts: PlannedParts, num_samples: int) -> Sample:
     """Return what a sample of the training pairs holds."""
     height, width = parts.model.picture_size
     tokenizer, config = parts.model.tokenizer, parts.config
     source = known_part(parts.data.feed, num_samples)
-    looker = PairSampler(source, tokenizer, (width, height), config.seed, config.data.max_pixels)
-    return look_at_sample(looker, num_samples)
+    sampler = PairSampler(source, tokenizer, (width, height), config.seed, config.data.max_pixels)
+    return look_at_sample(sampler, num_samples)
 
 
-def data_facts(parts: Parts, sample: Sample) -> DataFacts:
+def data_facts(parts: PlannedParts, sample: Sample) -> DataFacts:
     """Return what a sample shows, as the report has it."""
-    sizes = sorted((look.picture_size for look in sample.looks), key=math.prod)
+    sizes = sorted((pair.picture_size for pair in sample.pairs), key=math.prod)
     num_unusable, held = sum(sample.unusable.values()), parts.data.feed.pairs_in_batch
     return DataFacts(
         num_pairs=parts.data.num_pairs,
@@ -119,16 +119,16 @@ def data_facts(parts: Parts, sample: Sample) -> DataFacts:
         unusable_limit=parts.config.data.max_bad_fraction,
         num_repeated_pictures=sample.num_repeated("picture"),
         num_repeated_captions=sample.num_repeated("caption"),
-        num_cut_captions=sum(look.is_cut for look in sample.looks),
-        num_file_names=sum(look.is_file_name for look in sample.looks),
-        token_limit=len(sample.looks[0].tokens) if sample.looks else 0,
+        num_cut_captions=sum(pair.is_cut for pair in sample.pairs),
+        num_file_names=sum(pair.is_file_name for pair in sample.pairs),
+        token_limit=len(sample.pairs[0].tokens) if sample.pairs else 0,
         picture_size=sizes[len(sizes) // 2] if sizes else None,
         decoding_seconds=sample.seconds / sample.num_looked_at,
         pairs_in_batch=held if len(held) > 1 else {},
     )
 
 
-def disk_facts(parts: Parts, sample: Sample | None) -> DiskFacts:
+def disk_facts(parts: PlannedParts, sample: Sample | None) -> DiskFacts:
     """Return what the run writes: checkpoints, one of them beside those that are kept, the export, cached features."""
     config, clip = parts.config, parts.model.clip
     optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
@@ -148,17 +148,17 @@ def disk_facts(parts: Parts, sample: Sample | None) -> DiskFacts:
     )
 
 
-def decoded_pictures_bytes(parts: Parts, sample: Sample | None) -> int:
+def decoded_pictures_bytes(parts: PlannedParts, sample: Sample | None) -> int:
     """Return about what the decoded pictures take where they are to be kept, judged by a sample; every pair counts."""
-    if not parts.config.data.image_cache_gib or sample is None or not sample.looks:
+    if not parts.config.data.image_cache_gib or sample is None or not sample.pairs:
         return 0
-    sizes = [look.decoded_size for look in sample.looks]
+    sizes = [pair.decoded_size for pair in sample.pairs]
     if parts.config.data.augmentation == "none":
         sizes = [parts.model.picture_size]
     return round(BYTES_OF_A_PIXEL * sum(map(math.prod, sizes)) / len(sizes) * (parts.data.num_pairs or 0))
 
 
-def cached_features_bytes(parts: Parts) -> int:
+def cached_features_bytes(parts: PlannedParts) -> int:
     """Return what the features of a frozen tower take at most, where they are kept."""
     if parts.config.cached_tower is None:
         return 0

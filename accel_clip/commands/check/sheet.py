@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from accel_clip.commands.check.page import Row, Shown, page
-from accel_clip.commands.check.parts import Parts
-from accel_clip.commands.check.sample import Beginning
+from accel_clip.commands.check.page import PagePair, PageSection, page
+from accel_clip.commands.check.parts import PlannedParts
+from accel_clip.commands.check.sample import StreamBeginning
 from accel_clip.console import say
 from accel_clip.data.bad_samples import UnusableSample
 from accel_clip.data.captions import choose_caption, is_caption_cut
@@ -33,7 +33,7 @@ FIRST_EPOCH = 0
 
 
 @dataclass(frozen=True)
-class Piece:
+class FirstPairs:
     """The first pairs of one source."""
 
     name: str
@@ -44,13 +44,13 @@ class Piece:
     """their places in it, which are what training draws their augmentation by"""
 
 
-def write_sheet(parts: Parts, folder: Path) -> Path:
+def write_sheet(parts: PlannedParts, folder: Path) -> Path:
     """Write the page for a run, in place of an earlier one, and return it; raises `StorageError`."""
     preparation = preparation_for(parts.model, parts.config)
-    rows = [Row(piece.name, shown_of(piece, preparation)) for piece in pieces(parts.data.feed)]
+    sections = [PageSection(each.name, page_pairs(each, preparation)) for each in first_pairs(parts.data.feed)]
     try:
         with Draft(folder, CONTACT_SHEET) as draft:
-            write_text(draft.path / "index.html", page(rows))
+            write_text(draft.path / "index.html", page(sections))
             draft.publish()
     except OSError as error:
         raise StorageError(f"--show: {folder} could not be written: {error}") from error
@@ -58,35 +58,35 @@ def write_sheet(parts: Parts, folder: Path) -> Path:
     return folder / "index.html"
 
 
-def pieces(feed: Feed) -> Iterator[Piece]:
+def first_pairs(feed: Feed) -> Iterator[FirstPairs]:
     """Yield the first pairs of each source of a run."""
     if feed.fetched is not None:
         source = feed.fetched.source
         starts = [0, *source.ends[:-1]] if isinstance(source, Concatenated) else [0]
         ends = source.ends if isinstance(source, Concatenated) else [len(source)]
         for name, start, end in zip(source_names(source), starts, ends, strict=True):
-            yield Piece(name, source, range(start, min(end, start + MOST_PAIRS)))
+            yield FirstPairs(name, source, range(start, min(end, start + MOST_PAIRS)))
     for part in feed.streams:
-        beginning = Beginning(part.stream, MOST_PAIRS)
-        yield Piece(part.name, beginning, range(min(len(beginning), MOST_PAIRS)))
+        beginning = StreamBeginning(part.stream, MOST_PAIRS)
+        yield FirstPairs(part.name, beginning, range(min(len(beginning), MOST_PAIRS)))
 
 
-def shown_of(piece: Piece, preparation: Preparation) -> list[Shown]:
+def page_pairs(first: FirstPairs, preparation: Preparation) -> list[PagePair]:
     """Return what is seen of each pair, or what is wrong with it."""
-    return [pair_shown(piece.source, index, preparation) for index in piece.indices]
+    return [page_pair(first.source, index, preparation) for index in first.indices]
 
 
-def pair_shown(source: Source, index: int, preparation: Preparation) -> Shown:
+def page_pair(source: Source, index: int, preparation: Preparation) -> PagePair:
     """Return what training sees of a pair in its first epoch, or what is wrong with it."""
     try:
         pair = source[index]
         example = preparation.example(pair, source.key(index), index, FIRST_EPOCH)
         caption = choose_caption(pair.captions, preparation.seed, FIRST_EPOCH, index, pair.weights)
     except UnusableSample as problem:
-        return Shown(problem=f"{problem.reason}: {problem.detail}")
+        return PagePair(problem=f"{problem.reason}: {problem.detail}")
     kept = len(caption) if not example.is_cut else length_read(caption, preparation.tokenizer)
     read = text_of(example.tokens, preparation.tokenizer)
-    return Shown(picture_of(example.image), caption[:kept], caption[kept:], read, len(pair.captions))
+    return PagePair(picture_of(example.image), caption[:kept], caption[kept:], read, len(pair.captions))
 
 
 def picture_of(pixels: Tensor) -> Image.Image:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from accel_clip.commands.check.facts import SpeedFacts
-from accel_clip.commands.check.parts import Parts
+from accel_clip.commands.check.parts import PlannedParts
 from accel_clip.commands.check.sample import SampledPair
 from accel_clip.data.batch import Batch
 from accel_clip.data.examples import preparation_for
@@ -27,9 +27,9 @@ SHARE_OF_STEP = 0.5  # of the seconds that measuring may take
 EASILY_FASTER = 1.25  # a loader that gives so much more than the step takes never keeps it waiting
 
 
-def measure_speed(parts: Parts, looks: list[SampledPair], seconds: float) -> SpeedFacts:
+def measure_speed(parts: PlannedParts, pairs: list[SampledPair], seconds: float) -> SpeedFacts:
     """Return the rates of loader and step, with other numbers of workers where the loader is the slower one."""
-    step, step_pairs = step_rate(parts, looks, seconds * SHARE_OF_STEP)
+    step, step_pairs = step_rate(parts, pairs, seconds * SHARE_OF_STEP)
     left = seconds * (1 - SHARE_OF_STEP)
     loader = {parts.num_workers: loader_rate(parts, parts.num_workers, left / 2)}
     others = other_workers(parts) if loader[parts.num_workers] < EASILY_FASTER * step else []
@@ -44,21 +44,21 @@ def measure_speed(parts: Parts, looks: list[SampledPair], seconds: float) -> Spe
     return SpeedFacts(parts.num_workers, loader, step, step_pairs, bottleneck, expected, num_pairs / expected)
 
 
-def other_workers(parts: Parts) -> list[int]:
+def other_workers(parts: PlannedParts) -> list[int]:
     """Return the numbers of workers to try beside the one that is set: twice as many, and one for each core."""
     cores = max(1, cores_per_process() // parts.num_processes)
     twice = 2 * max(1, parts.num_workers)
     return sorted({min(twice, max(cores, 2)), cores} - {parts.num_workers, 0})
 
 
-def loader_rate(parts: Parts, num_workers: int, seconds: float) -> float:
+def loader_rate(parts: PlannedParts, num_workers: int, seconds: float) -> float:
     """Return the pairs a second of the loader when nobody waits for them; raises `DataError` without usable pairs."""
     config, feed = parts.config, parts.data.feed
     rows = min(LOADER_PAIRS, parts.pairs_per_process)
     # Every part of a batch mixes the sources, but only a process's has all lanes of a stream that it needs.
     num_parts = parts.num_processes if feed.streams else config.train.batch_size // rows
-    seat = LoaderRank(0, num_parts, num_workers, parts.accelerator.device.type == "cuda")
-    loader = feed.open(range(WITHOUT_END), seat, preparation_for(parts.model, config))
+    rank = LoaderRank(0, num_parts, num_workers, parts.accelerator.device.type == "cuda")
+    loader = feed.open(range(WITHOUT_END), rank, preparation_for(parts.model, config))
     for _ in range(max(1, num_workers)):  # each worker has started, and has made its first batch
         next(loader)
     start, num_pairs, elapsed = time.perf_counter(), 0, 0.0
@@ -69,7 +69,7 @@ def loader_rate(parts: Parts, num_workers: int, seconds: float) -> float:
     return num_pairs / elapsed
 
 
-def step_rate(parts: Parts, looks: list[SampledPair], seconds: float) -> tuple[float, int]:
+def step_rate(parts: PlannedParts, pairs: list[SampledPair], seconds: float) -> tuple[float, int]:
     """Return the pairs a second of the optimizer step on pairs in memory, and how many it was measured with.
 
     That is the process's part of a batch where the time allows; else a line through the two largest smaller ones says
@@ -77,14 +77,14 @@ def step_rate(parts: Parts, looks: list[SampledPair], seconds: float) -> tuple[f
     """
     whole, start = parts.pairs_per_process, time.perf_counter()
     rows = min(FIRST_PAIRS, whole)
-    take_step(parts, looks, rows)  # the first one starts kernels and makes the optimizer's state
-    times = {rows: time_of_step(parts, looks, rows)}
+    take_step(parts, pairs, rows)  # the first one starts kernels and makes the optimizer's state
+    times = {rows: time_of_step(parts, pairs, rows)}
     while rows < whole and (len(times) < 2 or time.perf_counter() - start + GROWTH * times[rows] <= seconds):
         rows = min(GROWTH * rows, whole)
-        times[rows] = time_of_step(parts, looks, rows)
+        times[rows] = time_of_step(parts, pairs, rows)
     again = [times[rows]]
     while time.perf_counter() - start + again[-1] < seconds:
-        again.append(time_of_step(parts, looks, rows))
+        again.append(time_of_step(parts, pairs, rows))
     times[rows] = sorted(again)[len(again) // 2]
     return whole / extrapolated(times, whole), rows
 
@@ -99,14 +99,14 @@ def extrapolated(times: dict[int, float], rows: int) -> float:
     return last + max(slope, 0.0) * (rows - largest[-1])
 
 
-def time_of_step(parts: Parts, looks: list[SampledPair], rows: int) -> float:
+def time_of_step(parts: PlannedParts, pairs: list[SampledPair], rows: int) -> float:
     """Return the seconds that one step takes."""
     start = time.perf_counter()
-    take_step(parts, looks, rows)
+    take_step(parts, pairs, rows)
     return time.perf_counter() - start
 
 
-def take_step(parts: Parts, looks: list[SampledPair], rows: int) -> None:
+def take_step(parts: PlannedParts, pairs: list[SampledPair], rows: int) -> None:
     """Take one optimizer step on made-up pairs and wait for its end; raises `ConfigError` for too little memory."""
     accelerator = parts.accelerator
     plan = plan_for(parts.plan, rows, parts.pairs_per_process)
@@ -114,7 +114,7 @@ def take_step(parts: Parts, looks: list[SampledPair], rows: int) -> None:
     parts.parallel.model.train()
     try:
         with parts.parallel.accumulating():
-            step(made_up_batch(parts, looks, rows))
+            step(made_up_batch(parts, pairs, rows))
             parts.optimizer.step()
             parts.optimizer.zero_grad()
     except torch.OutOfMemoryError as error:
@@ -133,17 +133,17 @@ def plan_for(plan: Plan, rows: int, whole: int) -> Plan:
     return Plan(size, plan.captions_per_chunk, kept, plan.cost_of_a_group)
 
 
-def made_up_batch(parts: Parts, looks: list[SampledPair], rows: int) -> Batch:
+def made_up_batch(parts: PlannedParts, pairs: list[SampledPair], rows: int) -> Batch:
     """Return noise for pictures with captions as long as those of the sample."""
-    picks = [looks[row % len(looks)] for row in range(rows)]
+    picks = [pairs[row % len(pairs)] for row in range(rows)]
     names = picks[0].numbers
     return Batch(
         image=torch.randint(0, 256, (rows, 3, *parts.model.picture_size), dtype=torch.uint8),
-        tokens=made_up_tokens([look.tokens for look in picks], len(looks)),
+        tokens=made_up_tokens([pair.tokens for pair in picks], len(pairs)),
         sample=torch.arange(rows),
         caption_hash=torch.arange(rows),
         picture_hash=torch.arange(rows),
-        extra={name: torch.stack([look.numbers[name] for look in picks]) for name in names},
+        extra={name: torch.stack([pair.numbers[name] for pair in picks]) for name in names},
         features=known_features(parts, rows),
     )
 
@@ -157,7 +157,7 @@ def made_up_tokens(tokens: list[Tensor], num_different: int) -> Tensor:
     return stacked
 
 
-def known_features(parts: Parts, rows: int) -> dict[str, Tensor]:
+def known_features(parts: PlannedParts, rows: int) -> dict[str, Tensor]:
     """Return made-up features of the tower whose features are cached, float32 [rows, D]."""
     side = parts.config.cached_tower
     if side is None:

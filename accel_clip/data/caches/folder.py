@@ -31,7 +31,7 @@ Fingerprint = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
-class About:
+class CacheDescription:
     """What a folder was computed from, and the items that could not be used."""
 
     fingerprint: Fingerprint
@@ -51,7 +51,7 @@ class CacheFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about: About = read_json(folder / "about.json", About)
+        about: CacheDescription = read_json(folder / "about.json", CacheDescription)
         self.fingerprint = about.fingerprint
         self.unusable = {int(key): problem for key, problem in about.unusable.items()}
         if not {reason for reason, _, _ in self.unusable.values()} <= set(REASONS):

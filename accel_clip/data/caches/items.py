@@ -29,12 +29,12 @@ from accel_clip.data.workers import Workers, usable_or_raise
 from accel_clip.faults import DataError
 from accel_clip.plugins import PluginsFirst
 
-Loaded = Tensor | UnusableSample | DataError
+ItemOrError = Tensor | UnusableSample | DataError
 Join = Callable[[list[Tensor]], Any]
 """From the items of a chunk to what is handed on of them."""
 
 
-class Items(PluginsFirst, Dataset[Loaded]):
+class Items(PluginsFirst, Dataset[ItemOrError]):
     """The different pictures or captions of a source.
 
     keys: int64 [n], ascending; what cannot be used is returned as the error: raised in a worker it would lose its type.
@@ -45,7 +45,7 @@ class Items(PluginsFirst, Dataset[Loaded]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, item: int) -> Loaded:
+    def __getitem__(self, item: int) -> ItemOrError:
         try:
             return self.load(item)
         except (UnusableSample, DataError) as error:
@@ -113,7 +113,7 @@ def load_chunks(items: Items, chunks: Sequence[Sequence[int]], workers: Workers,
         yield usable_or_raise(chunk)
 
 
-def collate_items(join: Join, loaded: list[Loaded]) -> LoadedChunk | DataError:
+def collate_items(join: Join, loaded: list[ItemOrError]) -> LoadedChunk | DataError:
     """Return items as one chunk, or the first error that ends the run."""
     for each in loaded:
         if isinstance(each, DataError):

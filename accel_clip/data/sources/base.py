@@ -78,7 +78,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamItem:
     """What comes by next in a shard of a stream."""
 
     key: str
@@ -99,7 +99,7 @@ class Stream(Protocol):
     name: str
     num_shards: int
 
-    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+    def read(self, shard: int, start: int) -> Iterator[StreamItem]:
         """Yield what a shard holds from a place on, 0 or the `end` of something that this shard gave before.
 
         What is broken, missing or cut off is given as an `UnusableSample` in its place; the rest of a shard that cannot

@@ -25,7 +25,7 @@ UNPICKLING = "pandas"  # the one reader of `datasets` that unpickles, whatever l
 
 
 @dataclass(frozen=True)
-class Chosen:
+class DatasetChoice:
     """A dataset that a user has chosen."""
 
     kind: str
@@ -53,15 +53,15 @@ def open_hub(argument: str, options: SourceOptions) -> Source:
     return source_of(dataset, f"hf:{argument}", local if local.is_dir() else cache_folder(), options)
 
 
-def parsed(argument: str, kind: str) -> Chosen:
+def parsed(argument: str, kind: str) -> DatasetChoice:
     """Return what a user has chosen by `name[:config][:split]`; raises `DataError` for no name."""
     match = WRITTEN.fullmatch(argument)
     if match is None:
         raise DataError(f"'{kind}:{argument}' names no dataset: write {kind}:org/name[:configuration][:split]")
     name, word, split = match["name"], match["config"], match["split"]
     if word is None or split is not None:
-        return Chosen(kind, name, ((word, split or DEFAULT_SPLIT),))
-    return Chosen(kind, name, ((None, word), (word, DEFAULT_SPLIT)))
+        return DatasetChoice(kind, name, ((word, split or DEFAULT_SPLIT),))
+    return DatasetChoice(kind, name, ((None, word), (word, DEFAULT_SPLIT)))
 
 
 def open_saved(folder: Path, options: SourceOptions) -> Source:
@@ -69,7 +69,7 @@ def open_saved(folder: Path, options: SourceOptions) -> Source:
     return source_of(load_saved(folder), str(folder), folder, options)
 
 
-def saved_folder(chosen: Chosen) -> Path | None:
+def saved_folder(chosen: DatasetChoice) -> Path | None:
     """Return the folder in which the chosen split was saved by `save_to_disk`, None for other datasets.
 
     Raises `DataError` for a split that is not there.
@@ -93,7 +93,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / file).is_file() for file in SAVED_DATASET_FILES)
 
 
-def load_hub(chosen: Chosen, path: str) -> Dataset:
+def load_hub(chosen: DatasetChoice, path: str) -> Dataset:
     """Return a split of a dataset; raises `DataError` naming the dataset, in one line."""
     from datasets import load_dataset
 
@@ -104,7 +104,7 @@ def load_hub(chosen: Chosen, path: str) -> Dataset:
         raise DataError(f"{chosen} cannot be loaded: {first_error_line(error)}") from error
 
 
-def load_meant(chosen: Chosen, path: str, load: Callable[[str | None, str], T]) -> T:
+def load_meant(chosen: DatasetChoice, path: str, load: Callable[[str | None, str], T]) -> T:
     """Return what loads of what a user may have meant; raises `DataError` saying what there is, and what `load` does.
 
     load: from a configuration and a split; it raises ValueError where the dataset has none of that name.

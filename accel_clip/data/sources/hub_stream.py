@@ -12,10 +12,10 @@ import httpx2
 import pyarrow
 
 from accel_clip.data.bad_samples import UnusableSample
-from accel_clip.data.sources.base import SOURCES, Pair, SourceOptions, Stream, Streamed
+from accel_clip.data.sources.base import SOURCES, Pair, SourceOptions, Stream, StreamItem
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.hub import (
-    Chosen,
+    DatasetChoice,
     cache_folder,
     first_error_line,
     load_meant,
@@ -63,7 +63,7 @@ class HubStream:
         self.columns, self.root, self.widths = replace(columns, extra=()), root, dict(widths)
         self.patience = patience or Patience()
 
-    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+    def read(self, shard: int, start: int) -> Iterator[StreamItem]:
         """Yield what a shard holds from row `start` on, 0 or the `end` of what it gave before.
 
         A shard that cannot be read, or on, ends with an `UnusableSample` that says why.
@@ -85,10 +85,10 @@ class HubStream:
                 last = f"{type(error).__name__}: {first_error_line(error)}"
                 detail = f"{num_failed} attempts have failed, the last by {last}"
                 problem = UnusableSample("missing_file", masked(detail), self.place(shard))
-            yield Streamed(self.place(shard), problem, END)
+            yield StreamItem(self.place(shard), problem, END)
             return
 
-    def rows(self, shard: int, start: int) -> Iterator[Streamed]:
+    def rows(self, shard: int, start: int) -> Iterator[StreamItem]:
         """Yield what stands in the rows of a shard; raises what `datasets` does."""
         dataset = self.dataset.shard(self.num_shards, shard).skip(start).with_format("arrow")
         row = start
@@ -97,7 +97,7 @@ class HubStream:
             for index in range(table.num_rows):
                 row += 1
                 key, pair = self.outcome(source, table, index)
-                yield Streamed(key or f"{self.place(shard)}, row {row}", pair, row)
+                yield StreamItem(key or f"{self.place(shard)}, row {row}", pair, row)
 
     def outcome(self, source: TableSource, table: pyarrow.Table, index: int) -> tuple[str, Pair | UnusableSample]:
         """Return the key of a row's picture, empty without one, and the row as a pair, or why it is none."""
@@ -138,7 +138,7 @@ def cut_saved(folder: Path, name: str) -> IterableDataset:
     return dataset.to_iterable_dataset(num_shards=min(MOST_SHARDS_OF_SAVED, len(dataset)))
 
 
-def load_stream(chosen: Chosen, path: str) -> IterableDataset:
+def load_stream(chosen: DatasetChoice, path: str) -> IterableDataset:
     """Return a split of a dataset, of which nothing is downloaded yet; raises `DataError` in one line."""
     from datasets import load_dataset
 

@@ -79,7 +79,7 @@ def rows_of_table(source: TableSource) -> Rows:
     else:
         texts = texts_of_table(source)
     paths = {row: path for row in looked if (path := file_in_table(source, row)) is not None}
-    return Rows(hashes(source.keys()), texts, *looks(paths, len(source)))
+    return Rows(hashes(source.keys()), texts, *file_facts(paths, len(source)))
 
 
 def repr_of(source: CaptionFiles, row: int) -> str:
@@ -143,7 +143,7 @@ def rows_of_shards(source: TarShards) -> Rows:
     parts = [slice(start, end) for start, end in zip(starts, source.ends, strict=True)]
     places = (b"".join(each.offsets[part].tobytes() + each.sizes[part].tobytes() for each in members) for part in parts)
     paths = dict(enumerate(source.reader.paths))
-    return Rows(hashes(source.shard_names), hashes(places), *looks(paths, len(paths)))
+    return Rows(hashes(source.shard_names), hashes(places), *file_facts(paths, len(paths)))
 
 
 def rows_of_any(source: Source) -> Rows:
@@ -155,7 +155,7 @@ def rows_of_any(source: Source) -> Rows:
     texts = hashes(repr(None if pair is None else pair.captions) for pair in pairs)
     images = {row: pair.image for row, pair in zip(looked, pairs, strict=True) if pair is not None}
     paths = {row: image for row, image in images.items() if isinstance(image, Path)}
-    return Rows(hashes(keys), spread_over_rows(texts, looked, num_rows), *looks(paths, num_rows))
+    return Rows(hashes(keys), spread_over_rows(texts, looked, num_rows), *file_facts(paths, num_rows))
 
 
 def fetched(source: Source, row: int) -> Pair | None:
@@ -195,7 +195,7 @@ def value_hash(value: str | bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
 
 
-def looks(paths: Mapping[int, str | Path], num_rows: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+def file_facts(paths: Mapping[int, str | Path], num_rows: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """Return sizes and times of the files of all rows, int64 [n], and hashes of contents, uint64 [n]."""
     sizes, times = numpy.zeros(num_rows, numpy.int64), numpy.zeros(num_rows, numpy.int64)
     contents = numpy.zeros(num_rows, numpy.uint64)

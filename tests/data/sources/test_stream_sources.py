@@ -22,7 +22,7 @@ from accel_clip.data.captions import choose_caption, weighted
 from accel_clip.data.pairs import open_training
 from accel_clip.data.pictures.decode import decode_picture
 from accel_clip.data.sources import hub_stream
-from accel_clip.data.sources.base import Pair, Source, SourceOptions, Stream, Streamed
+from accel_clip.data.sources.base import Pair, Source, SourceOptions, Stream, StreamItem
 from accel_clip.data.sources.hub import open_hub, open_saved
 from accel_clip.data.sources.hub_stream import HubStream, stream_of
 from accel_clip.data.sources.remote_file import Patience, RemoteFile, seconds_of
@@ -64,7 +64,7 @@ def outcome(given: Pair | UnusableSample) -> Outcome:
     return given.image, given.captions, given.label, extra, given.weights
 
 
-def outcomes(items: Sequence[Streamed]) -> list[Outcome]:
+def outcomes(items: Sequence[StreamItem]) -> list[Outcome]:
     return [(item.key, item.end, *outcome(item.pair)) for item in items]
 
 
@@ -79,7 +79,7 @@ def fetched(source: Source, index: int) -> Pair | UnusableSample:
         return problem
 
 
-def read(stream: Stream, shard: int = 0, start: int = 0) -> list[Streamed]:
+def read(stream: Stream, shard: int = 0, start: int = 0) -> list[StreamItem]:
     """Return what a shard holds; none of it may keep what was at hand when it turned out to be unusable."""
     items = list(stream.read(shard, start))
     problems = [item.pair for item in items if isinstance(item.pair, UnusableSample)]
@@ -87,7 +87,7 @@ def read(stream: Stream, shard: int = 0, start: int = 0) -> list[Streamed]:
     return items
 
 
-def problem_of(item: Streamed) -> UnusableSample:
+def problem_of(item: StreamItem) -> UnusableSample:
     assert isinstance(item.pair, UnusableSample), item
     return item.pair
 

@@ -18,7 +18,7 @@ from accel_clip.console import say
 from accel_clip.data.bad_samples import WITHOUT_PICTURE, UnusableSample
 from accel_clip.data.captions import LARGEST_CAPTION_BYTES
 from accel_clip.data.pictures.decode import looks_like
-from accel_clip.data.sources.base import Pair, SourceOptions, Streamed
+from accel_clip.data.sources.base import Pair, SourceOptions, StreamItem
 from accel_clip.data.sources.connections import Patience
 from accel_clip.data.sources.remote_file import RemoteFile
 from accel_clip.data.sources.shards.member_names import key_and_ending, stem_and_ending, words_named, words_of_endings
@@ -75,7 +75,7 @@ class PartialSample:
         return required_content(self.texts.get(extension))
 
 
-class Limit:
+class SearchLimit:
     """How far a shard is gone through in search of one sample, since one may go on without any, and without end.
 
     problem: why it was left, None as long as it was not.
@@ -126,7 +126,7 @@ class RemoteShards:
         rules = [rule for rule in (captions, labels) if rule]
         self.text_extensions = {RECORD, *(word for rule in rules for word in rule.named or rule.usual_extensions)}
 
-    def read(self, shard: int, start: int) -> Iterator[Streamed]:
+    def read(self, shard: int, start: int) -> Iterator[StreamItem]:
         """Yield what a shard holds from byte `start` on, 0 or the `end` of what it gave before.
 
         A shard that cannot be read, or on, ends with an `UnusableSample` that says why.
@@ -140,7 +140,7 @@ class RemoteShards:
                 for gathered in self.samples(archive, address):
                     if last is not None:
                         yield last
-                    last = Streamed(gathered.key, self.outcome(gathered), gathered.end)
+                    last = StreamItem(gathered.key, self.outcome(gathered), gathered.end)
                 problem = problem_of(archive, address)
             except UnusableSample as failure:
                 problem = UnusableSample(*failure.args)
@@ -149,11 +149,11 @@ class RemoteShards:
         if last is not None:
             yield last
         if problem is not None:
-            yield Streamed(address, problem, END)
+            yield StreamItem(address, problem, END)
 
     def samples(self, archive: Archive, address: str) -> Iterator[PartialSample]:
         """Yield the samples of an archive that have a picture or a text; raises `UnusableSample` where it breaks."""
-        limit = Limit(address)
+        limit = SearchLimit(address)
         named = ((stem_and_ending(member.name), member) for member in limit.counted(archive.members()))
         keyed = ((*key_and_ending(*names, self.words), member) for names, member in named if names)
         wanted = (each for each in keyed if self.is_wanted(each[1]))
@@ -302,7 +302,7 @@ def first_beginning(
         with RemoteFile(address, patience=patience) as file:
             archive = Archive(file)
             try:
-                beginning = first_members(archive, Limit(masked(address), MOST_BYTES_AT_START), encodings)
+                beginning = first_members(archive, SearchLimit(masked(address), MOST_BYTES_AT_START), encodings)
                 problem = problem_of(archive, masked(address))
             except UnusableSample as failure:
                 beginning, problem = ArchiveBeginning(), failure
@@ -315,7 +315,7 @@ def first_beginning(
     raise DataError(f"{name} cannot be read, {tried} tried: {'; '.join(failures)}")
 
 
-def first_members(archive: Archive, limit: Limit, encodings: tuple[str, ...]) -> ArchiveBeginning:
+def first_members(archive: Archive, limit: SearchLimit, encodings: tuple[str, ...]) -> ArchiveBeginning:
     """Return the names of an archive's first members and the objects in those that end with .json.
 
     Raises `UnusableSample` where the limit is reached before there is any.

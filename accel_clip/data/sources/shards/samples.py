@@ -12,7 +12,7 @@ from accel_clip.data.sources.shards.tar_index import KEY_END, TarIndex
 
 
 @dataclass(frozen=True)
-class Places:
+class ByteRanges:
     """Where one thing of every sample lies, -1 where there is none."""
 
     offsets: numpy.ndarray
@@ -20,20 +20,20 @@ class Places:
     sizes: numpy.ndarray
     """in bytes, int64 [N]"""
 
-    def of(self, chosen: numpy.ndarray) -> Places:
+    def of(self, chosen: numpy.ndarray) -> ByteRanges:
         """Return the places of some of the samples."""
-        return Places(self.offsets[chosen], self.sizes[chosen])
+        return ByteRanges(self.offsets[chosen], self.sizes[chosen])
 
 
 @dataclass(frozen=True)
 class Samples:
     """The samples of a shard, or of all."""
 
-    keys: Places
+    keys: ByteRanges
     """where the keys are"""
-    pictures: Places
+    pictures: ByteRanges
     """where the pictures are"""
-    texts: dict[str, Places]
+    texts: dict[str, ByteRanges]
     """where the texts are, by extension"""
 
 
@@ -85,10 +85,10 @@ def samples_of(index: TarIndex, pictures: Sequence[str], texts: Sequence[str]) -
         is_sample |= places.offsets >= 0
     chosen = numpy.flatnonzero(is_sample)
     by_extension = {extension: places.of(chosen) for extension, places in by_extension.items()}
-    return Samples(Places(ends - sizes, sizes).of(chosen), picture.of(chosen), by_extension)
+    return Samples(ByteRanges(ends - sizes, sizes).of(chosen), picture.of(chosen), by_extension)
 
 
-def places_of(index: TarIndex, extensions: Sequence[str]) -> Places:
+def places_of(index: TarIndex, extensions: Sequence[str]) -> ByteRanges:
     """Return where each key's member with the first of the extensions lies; of two with one name the later counts."""
     offsets, sizes = numpy.full((2, index.num_samples), -1, numpy.int64)
     for extension in reversed(extensions):
@@ -96,19 +96,19 @@ def places_of(index: TarIndex, extensions: Sequence[str]) -> Places:
             members = index.members[index.members["extension"] == index.extensions.index(extension)]
             offsets[members["sample"]] = members["offset"]
             sizes[members["sample"]] = members["size"]
-    return Places(offsets, sizes)
+    return ByteRanges(offsets, sizes)
 
 
 def samples_of_all(parts: Sequence[Samples], indexes: Sequence[TarIndex]) -> Samples:
     """Return the samples of all shards; keys are counted from the first shard's first."""
     starts = numpy.cumsum([0, *(len(index.keys) for index in indexes)])
-    keys = [Places(part.keys.offsets + start, part.keys.sizes) for part, start in zip(parts, starts, strict=False)]
+    keys = [ByteRanges(part.keys.offsets + start, part.keys.sizes) for part, start in zip(parts, starts, strict=False)]
     texts = {extension: concatenated([part.texts[extension] for part in parts]) for extension in parts[0].texts}
     present = {extension: places for extension, places in texts.items() if (places.offsets >= 0).any()}
     return Samples(concatenated(keys), concatenated([part.pictures for part in parts]), present)
 
 
-def concatenated(parts: Sequence[Places]) -> Places:
+def concatenated(parts: Sequence[ByteRanges]) -> ByteRanges:
     """Return the places of several shards as those of one."""
     offsets = numpy.concatenate([part.offsets for part in parts])
-    return Places(offsets, numpy.concatenate([part.sizes for part in parts]))
+    return ByteRanges(offsets, numpy.concatenate([part.sizes for part in parts]))

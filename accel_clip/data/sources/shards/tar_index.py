@@ -186,7 +186,7 @@ def pack(index: TarIndex) -> bytes:
 
 
 @dataclass(frozen=True)
-class Head:
+class IndexHeader:
     """The first line of a kept index."""
 
     format: str
@@ -213,7 +213,7 @@ def unpack(raw: bytes) -> TarIndex | None:
     """Return the index in bytes that `pack` wrote, or None for any other bytes."""
     line, _, arrays = raw.partition(b"\n")
     try:
-        head: Head = parse_json(line, Head, FORMAT)
+        head: IndexHeader = parse_json(line, IndexHeader, FORMAT)
         if (head.format, head.version, head.checksum) != (FORMAT, VERSION, zlib.crc32(arrays)):
             return None
         members = numpy.frombuffer(arrays, MEMBER, head.num_members)

@@ -136,7 +136,7 @@ BINARY = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, ty
 
 
 @dataclass(frozen=True)
-class Info:
+class DatasetInfo:
     """What `datasets` knows of a table."""
 
     features: dict[str, Any] | None = None
@@ -144,10 +144,10 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Metadata:
+class TableMetadata:
     """What `datasets` writes into a table."""
 
-    info: Info | None = None
+    info: DatasetInfo | None = None
     """of the table"""
 
 
@@ -159,7 +159,7 @@ def class_names(schema: pyarrow.Schema, columns: Sequence[str], name: str) -> di
     written = (schema.metadata or {}).get(b"huggingface", b"{}")
     names = {}
     try:
-        info = parse_json(written, Metadata, "'huggingface'").info or Info()
+        info = parse_json(written, TableMetadata, "'huggingface'").info or DatasetInfo()
         for column in columns:
             feature = of_classes((info.features or {}).get(column))
             if feature is not None:

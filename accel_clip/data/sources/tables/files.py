@@ -21,7 +21,7 @@ def by_its_ending(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Format:
+class TableFormat:
     """A format of tables."""
 
     suffixes: tuple[str, ...]
@@ -33,11 +33,11 @@ class Format:
 
 
 FORMATS = (
-    Format((".tsv", ".jsonl"), read_chinese_clip, is_chinese_clip),
-    Format((".csv", ".tsv", ".txt", ".token"), read_delimited),
-    Format((".jsonl",), read_json_lines),
-    Format((".json",), read_json_table),
-    Format((".parquet",), read_parquet),
+    TableFormat((".tsv", ".jsonl"), read_chinese_clip, is_chinese_clip),
+    TableFormat((".csv", ".tsv", ".txt", ".token"), read_delimited),
+    TableFormat((".jsonl",), read_json_lines),
+    TableFormat((".json",), read_json_table),
+    TableFormat((".parquet",), read_parquet),
 )
 """The first that fits is what a file is."""
 

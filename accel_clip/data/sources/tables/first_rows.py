@@ -36,12 +36,12 @@ def look_at_rows(source: TableSource) -> None:
     say_how_they_are_read(source, paths)
 
 
-def most_of(source: TableSource, setting: str, look: Callable[[int], Found]) -> list[Found]:
+def most_of(source: TableSource, setting: str, read_row: Callable[[int], Found]) -> list[Found]:
     """Return what a look at rows from all over a table gives; raises `ConfigError` where most of them have nothing."""
     found, problems = [], []
     for row in range(0, len(source), -(-len(source) // ROWS_TO_LOOK_AT)):
         try:
-            found.append(look(row))
+            found.append(read_row(row))
         except UnusableSample as problem:
             problems.append(problem.detail)
     if len(problems) > len(found):

@@ -24,7 +24,7 @@ KEYS_TO_LOOK_AT = 20
 
 
 @dataclass(frozen=True)
-class Shape:
+class JsonShape:
     """A way to write pairs in JSON."""
 
     fits: Callable[[Any], bool]
@@ -116,10 +116,10 @@ def is_by_number(content: Mapping[str, Any]) -> bool:
 
 
 SHAPES = (
-    Shape(is_karpathy, read_karpathy),
-    Shape(is_coco, read_coco),
-    Shape(is_by_name, read_by_name),
-    Shape(is_list_of_objects, read_json_rows),
-    Shape(is_by_column, read_by_column),
+    JsonShape(is_karpathy, read_karpathy),
+    JsonShape(is_coco, read_coco),
+    JsonShape(is_by_name, read_by_name),
+    JsonShape(is_list_of_objects, read_json_rows),
+    JsonShape(is_by_column, read_by_column),
 )
 """The first that fits is what a file is."""
