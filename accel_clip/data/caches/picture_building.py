@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -55,6 +56,24 @@ Building = Generator[bool | None, None, None]
 """None after every piece, and at last whether the pictures are on disk"""
 
 
+@dataclass(frozen=True)
+class BuildingJob:
+    """Which pictures are decoded and written, and where there is room for how much."""
+
+    pictures: DifferentPictures
+    """all of them"""
+    plan: CachePlan
+    """which are decoded, and which are kept from the cache there is"""
+    folder: Path
+    """where they are written"""
+    fingerprint: Fingerprint
+    """what their pixels depend on beside their files"""
+    room_gib: float
+    """what they may take"""
+    workers: Workers
+    """who decodes them"""
+
+
 def open_pictures(
     accelerator: Accelerator,
     source: Source,
@@ -73,8 +92,8 @@ def open_pictures(
     plan = plan_cache(accelerator, PictureCache, folder, fingerprint, pictures, "decoded pictures")
     if len(plan.todo):
         workers = Workers(num_workers * num_local_processes(), is_asked=lookout.is_asked)
-        building = build(pictures, plan, folder, fingerprint, config.data.image_cache_gib, workers)
-        if not wait_for(accelerator, building, lookout):
+        job = BuildingJob(pictures, plan, folder, fingerprint, config.data.image_cache_gib, workers)
+        if not wait_for(accelerator, build(job), lookout):
             return None
     try:
         return PictureCache(folder)
@@ -110,30 +129,22 @@ def wait_for(accelerator: Accelerator, building: Building, lookout: Lookout) -> 
     return is_built
 
 
-def build(
-    pictures: DifferentPictures,
-    plan: CachePlan,
-    folder: Path,
-    fingerprint: Fingerprint,
-    room_gib: float,
-    workers: Workers,
-) -> Building:
+def build(job: BuildingJob) -> Building:
     """Decode what is planned and write all, if there is room: yield None after every piece, and at last whether it is.
 
     Raises `StorageError` where the disk has less room than they need, and `StopAsked`.
     """
-    old = PictureCache(folder) if len(plan.kept) else None
+    old = PictureCache(job.folder) if len(job.plan.kept) else None
     if old is None:
-        remove_old(folder)
-    expected = yield from expected_picture_bytes(pictures, plan.todo)
-    expected += 0 if old is None else old.bytes_of(plan.rows)
-    if expected > room_gib * GIB:
-        remove_old(folder)
-        say(f"the decoded pictures would take about {in_gib(expected)}, more than {too_small(room_gib)}")
+        remove_old(job.folder)
+    expected = yield from expected_picture_bytes(job.pictures, job.plan.todo)
+    expected += 0 if old is None else old.bytes_of(job.plan.rows)
+    if expected > job.room_gib * GIB:
+        give_up(job, f"would take about {in_gib(expected)}, more")
         yield False
         return
-    require_space(folder, expected)
-    yield from write_all(pictures, plan, folder, fingerprint, room_gib, workers)
+    require_space(job.folder, expected)
+    yield from write_all(job, old)
 
 
 def remove_old(folder: Path) -> None:
@@ -144,50 +155,45 @@ def remove_old(folder: Path) -> None:
         raise StorageError(f"{folder}: {error}") from error
 
 
-def write_all(
-    pictures: DifferentPictures,
-    plan: CachePlan,
-    folder: Path,
-    fingerprint: Fingerprint,
-    room_gib: float,
-    workers: Workers,
-) -> Building:
+def give_up(job: BuildingJob, finding: str) -> None:
+    """Let the pictures be decoded in every epoch, and say why."""
+    remove_old(job.folder)
+    say(f"the decoded pictures {finding} than data.image_cache_gib = {job.room_gib:g}: they are decoded in every epoch")
+
+
+def write_all(job: BuildingJob, old: PictureCache | None) -> Building:
     """Write all pictures until they take too much room; yields what `build` does."""
-    old = PictureCache(folder) if len(plan.kept) else None
+    pictures, plan = job.pictures, job.plan
     problems: dict[int, UnusableSample] = {}
-    with PictureWriter(folder) as writer:
-        for values, shapes in joined_chunks(pictures, plan, old, problems, workers):
+    with PictureWriter(job.folder) as writer:
+        for values, shapes in joined_chunks(job, old, problems):
             writer.append(values, shapes)
-            if writer.num_bytes > room_gib * GIB:
+            if writer.num_bytes > job.room_gib * GIB:
                 break
             yield None
         else:
             if old is None or not plan.is_needless(old.unusable, problems):
                 places = plan.in_order(writer.array_of_places())
-                writer.finish(pictures.keys, fingerprint, problems, stamps=pictures.stamps, places=places)
-    if writer.num_bytes > room_gib * GIB:
-        remove_old(folder)
-        say(f"the decoded pictures take more than {too_small(room_gib)}")
+                writer.finish(pictures.keys, job.fingerprint, problems, stamps=pictures.stamps, places=places)
+    if writer.num_bytes > job.room_gib * GIB:
+        give_up(job, "take more")
         yield False
         return
-    say(f"pictures: {len(plan.todo) - len(problems):,} decoded once, {in_gib(writer.num_bytes)} in {folder}")
+    say(f"pictures: {len(plan.todo) - len(problems):,} decoded once, {in_gib(writer.num_bytes)} in {job.folder}")
     say_unusable(len(problems), len(pictures))
     yield True
 
 
 def joined_chunks(
-    pictures: DifferentPictures,
-    plan: CachePlan,
-    old: PictureCache | None,
-    problems: dict[int, UnusableSample],
-    workers: Workers,
+    job: BuildingJob, old: PictureCache | None, problems: dict[int, UnusableSample]
 ) -> Iterator[tuple[Tensor, list[tuple[int, ...]]]]:
     """Yield the values and the shapes of pictures: those that are decoded, then those of the old cache.
 
     problems: takes in what cannot be used, by key.
     """
+    pictures, plan = job.pictures, job.plan
     chunks = plan.chunks(PICTURES_AT_ONCE)
-    for chunk, loaded in zip(chunks, load_chunks(pictures, chunks, workers, joined_pixels), strict=True):
+    for chunk, loaded in zip(chunks, load_chunks(pictures, chunks, job.workers, joined_pixels), strict=True):
         problems.update({int(pictures.keys[chunk[row]]): each for row, each in loaded.problems.items()})
         yield in_places(loaded, len(chunk))
     if old is None or plan.is_needless(old.unusable, problems):
@@ -236,8 +242,3 @@ def in_gib(num_bytes: float) -> str:
     """Return a size in words."""
     gib = num_bytes / GIB
     return f"{gib:.2f} GiB" if 0.01 <= gib < 10 else f"{gib:.3g} GiB"
-
-
-def too_small(room_gib: float) -> str:
-    """Return the room there is, and what follows from it when it does not do."""
-    return f"data.image_cache_gib = {room_gib:g}: they are decoded in every epoch"
