@@ -57,14 +57,14 @@ class Trainer:
         self.logbook = Logbook(self.config, self.accelerator, folder, parts.num_workers)
         self.hooks = Hooks(self.config, parts.model, self.accelerator)
         self.saver = build_saver(parts, folder)
-        self.found = self.saver.find()
+        self.checkpoint = self.saver.find()
         self.saver.check_space()
-        held = (self.saver, self.state, self.feed, self.logbook, self.hooks, read_inputs(parts, self.found))
+        held = (self.saver, self.state, self.feed, self.logbook, self.hooks, read_inputs(parts, self.checkpoint))
         self.resumable = Resumable(self.config, folder, *held)
-        saved_plan = self.resumable.begin(self.found)
-        if self.found is None and parts.lacks_weights is not None:
+        saved_plan = self.resumable.begin(self.checkpoint)
+        if self.checkpoint is None and parts.lacks_weights is not None:
             raise parts.lacks_weights
-        self.saved_step = None if self.found is None else self.found.step
+        self.saved_step = None if self.checkpoint is None else self.checkpoint.step
         stage = self.timetable.stage(self.state)
         learns = (parts.model, parts.loss, parts.assembly, parts.data.schedule)
         self.learner = Learner(stage.config, *learns, stage.number, saved_plan)
@@ -78,10 +78,10 @@ class Trainer:
         with ExitStack() as opened, watched(self.parts, self.status) as watch:
             try:
                 with recognised():
-                    self.resumable.open_folder(self.found)
+                    self.resumable.open_folder(self.checkpoint)
                     if self.accelerator.is_main_process:
                         self.status.running()
-                    resumed_step = None if self.found is None else self.state.step
+                    resumed_step = None if self.checkpoint is None else self.state.step
                     asked = (self.parts, self.resumable, self.prepare_data(watch), resumed_step)
                     session = opened.enter_context(open_session(watch, *asked))
                     self.start(session)
@@ -109,10 +109,10 @@ class Trainer:
     def start(self, session: Session) -> None:
         """Evaluate the model as it is, and save what a run may need before its first checkpoint."""
         self.logbook.progress.open(self.timetable.num_steps, self.state.step)
-        if self.found is not None:
-            self.saver.restore_random(self.found, self.config.seed)
+        if self.checkpoint is not None:
+            self.saver.restore_random(self.checkpoint, self.config.seed)
         self.evaluate(session)
-        if self.logbook.is_best or (self.config.train.non_finite == "rollback" and self.found is None):
+        if self.logbook.is_best or (self.config.train.non_finite == "rollback" and self.checkpoint is None):
             self.save(session.watch)
         self.stop_if_asked(session.watch)
         self.logbook.rate.reset()

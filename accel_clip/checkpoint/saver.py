@@ -119,9 +119,9 @@ class Saver:
         """Return whether a checkpoint lies in the folder of this run."""
         return checkpoint.path.resolve().parent == self.folder.resolve()
 
-    def file_sizes(self, found: Checkpoint | None) -> dict[str, int]:
+    def file_sizes(self, checkpoint: Checkpoint | None) -> dict[str, int]:
         """Return how much of the files that grow belongs to this run where it goes on; nothing of another run's."""
-        own = found if found is None or self.is_own(found) else find_newest(self.folder, self.check)
+        own = checkpoint if checkpoint is None or self.is_own(checkpoint) else find_newest(self.folder, self.check)
         return {} if own is None else load_state(own)["file_sizes"]
 
     def point_to_best(self, step: int) -> None:

@@ -34,7 +34,7 @@ class Batch:
     """those that were met, and replaced, on the way"""
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     """those of frozen towers that are known already, `image_features` or `text_features`, float32 [b, D]"""
-    marks: tuple[LanePosition, ...] = ()
+    lane_positions: tuple[LanePosition, ...] = ()
     """where the lanes of streams stand after it"""
     num_cut_captions: int = 0
     """how many captions have more tokens than L"""
@@ -66,7 +66,7 @@ def joined_batch(parts: Sequence[Batch]) -> Batch:
     extra = {key: torch.cat([part.extra[key] for part in parts]) for key in first.extra}
     features = {key: torch.cat([part.features[key] for part in parts]) for key in first.features}
     bad_samples = tuple(bad for part in parts for bad in part.bad_samples)
-    marks = tuple(mark for part in parts for mark in part.marks)
+    lane_positions = tuple(position for part in parts for position in part.lane_positions)
     num_pairs: Counter[str] = Counter()
     for part in parts:
         num_pairs.update(part.num_pairs)
@@ -75,7 +75,7 @@ def joined_batch(parts: Sequence[Batch]) -> Batch:
         extra=extra,
         features=features,
         bad_samples=bad_samples,
-        marks=marks,
+        lane_positions=lane_positions,
         num_cut_captions=sum(part.num_cut_captions for part in parts),
         num_pairs=num_pairs,
     )

@@ -98,12 +98,12 @@ class Feed:
 
     def places(self) -> list[dict[int, LanePosition]]:
         """Return where this process stands in the streams."""
-        return [dict(part.marks) for part in self.streams]
+        return [dict(part.positions) for part in self.streams]
 
     def return_to(self, places: Sequence[dict[int, LanePosition]]) -> None:
         """Forget batches that were taken since, and not trained on: the next process takes them again."""
-        for part, marks in zip(self.streams, places, strict=True):
-            part.marks = marks
+        for part, positions in zip(self.streams, places, strict=True):
+            part.positions = positions
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells whether the data is the same, and where streams stand, as plain JSON; collective."""

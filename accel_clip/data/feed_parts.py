@@ -101,7 +101,7 @@ class StreamPart:
     """items of a lane that are shuffled together"""
     seed: int
     """of the order"""
-    marks: dict[int, LanePosition] = field(default_factory=dict)
+    positions: dict[int, LanePosition] = field(default_factory=dict)
     """where the lanes stand, by their number"""
 
     @property
@@ -110,7 +110,7 @@ class StreamPart:
         return {self.name: self.num_pairs}
 
     def open(self, batches: range, rank: LoaderRank, preparation: Preparation, data: DataConfig) -> Batches:
-        """Yield one process's part of the batches that follow, where it stands in the stream in their marks.
+        """Yield one process's part of the batches that follow, where it stands in the stream in their `lane_positions`.
 
         Raises `ConfigError` when the lanes cannot be divided among the processes.
         """
@@ -122,28 +122,28 @@ class StreamPart:
             )
         own = self.num_lanes // rank.num_processes
         numbers = range(rank.process * own, (rank.process + 1) * own)
-        self.marks = {number: mark for number, mark in self.marks.items() if number in numbers}
-        lanes = Lanes(self.stream, numbers, self.num_lanes, self.window, self.seed, dict(self.marks))
+        self.positions = {number: position for number, position in self.positions.items() if number in numbers}
+        lanes = Lanes(self.stream, numbers, self.num_lanes, self.window, self.seed, dict(self.positions))
         parts = LaneBatches(lanes, self.num_pairs // self.num_lanes, preparation)
         with closing(iterate_stream(parts, data, rank.num_workers, rank.pin_memory)) as loaded:
             for batch in loaded:
-                self.marks.update({mark.lane: mark for mark in batch.marks})
+                self.positions.update({position.lane: position for position in batch.lane_positions})
                 yield replace(batch, num_pairs={self.name: len(batch)})
 
     def epochs(self) -> float:
         """Return how often the lanes of this process were read, on average."""
-        passes = [mark.epoch + mark.share for mark in self.marks.values()]
+        passes = [position.epoch + position.share for position in self.positions.values()]
         return sum(passes) / len(passes) if passes else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return how the stream is read and where all lanes stand, as plain JSON; collective."""
-        marks = gather_object([astuple(mark) for mark in self.marks.values()])
+        positions = gather_object([astuple(position) for position in self.positions.values()])
         return {
             "num_shards": self.stream.num_shards,
             "num_pairs": self.num_pairs,
             "num_lanes": self.num_lanes,
             "window": self.window,
-            "marks": sorted(marks),
+            "marks": sorted(positions),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -159,4 +159,4 @@ class StreamPart:
                 f"hold {self.num_pairs}, which every process takes as many of: go on with as many processes as before"
             )
         self.num_lanes, self.window = state["num_lanes"], state["window"]
-        self.marks = {mark.lane: mark for mark in (LanePosition(*each) for each in state["marks"])}
+        self.positions = {position.lane: position for position in (LanePosition(*each) for each in state["marks"])}

@@ -59,7 +59,7 @@ class LaneItem:
     """a pair, or what is wrong with one"""
     shard: int
     """number of the shard that it comes from"""
-    mark: LanePosition
+    position: LanePosition
     """where the lane stands after it, with the item's epoch"""
 
 
@@ -82,44 +82,46 @@ class Lane:
         self.stream, self.number, self.window, self.seed = stream, number, window, seed
         self.shards = range(number, stream.num_shards, num_lanes)
 
-    def give(self, mark: LanePosition) -> Iterator[LaneItem]:
-        """Yield what follows a mark, epoch after epoch.
+    def give(self, position: LanePosition) -> Iterator[LaneItem]:
+        """Yield what follows a position, epoch after epoch.
 
         Raises `DataError` when an epoch has nothing to give, or several shards in a row cannot be read.
         """
         while True:
-            yield from self.give_epoch(mark)
-            mark = LanePosition(self.number, mark.epoch + 1)
+            yield from self.give_epoch(position)
+            position = LanePosition(self.number, position.epoch + 1)
 
-    def give_epoch(self, mark: LanePosition) -> Iterator[LaneItem]:
+    def give_epoch(self, position: LanePosition) -> Iterator[LaneItem]:
         """Yield the rest of an epoch."""
-        items = self.read_epoch(mark)
+        items = self.read_epoch(position)
         window = list(islice(items, self.window))
-        if not window and (mark.shard, mark.start) == (0, 0):
+        if not window and (position.shard, position.start) == (0, 0):
             raise DataError(
                 f"{self.stream.name}: nothing can be read from the shards {some_of(self.shards, MOST_NAMED)}"
             )
         while window:
             following: list[ShardItem] = []
-            for taken, number in enumerate(self.shuffled(len(window), mark)):
-                if taken < mark.taken:
+            for taken, number in enumerate(self.shuffled(len(window), position)):
+                if taken < position.taken:
                     continue
                 read = window[number]
-                yield LaneItem(read.item, read.shard, replace(mark, taken=taken + 1))
+                yield LaneItem(read.item, read.shard, replace(position, taken=taken + 1))
                 following.extend(islice(items, 1))
             following.extend(islice(items, self.window - len(following)))
             last = window[-1]
-            mark = LanePosition(self.number, mark.epoch, last.place, last.item.end, share=last.place / len(self.shards))
+            position = LanePosition(
+                self.number, position.epoch, last.place, last.item.end, share=last.place / len(self.shards)
+            )
             window = following
 
-    def read_epoch(self, mark: LanePosition) -> Iterator[ShardItem]:
+    def read_epoch(self, position: LanePosition) -> Iterator[ShardItem]:
         """Yield an epoch's items in the order of its shards, from where a window begins."""
-        order = self.order(mark.epoch)
+        order = self.order(position.epoch)
         num_lost = 0
-        for place in range(mark.shard, len(order)):
+        for place in range(position.shard, len(order)):
             item = None
-            num_usable = int(place == mark.shard and mark.start > 0)  # what lies before gave something
-            for item in self.stream.read(order[place], mark.start if place == mark.shard else 0):
+            num_usable = int(place == position.shard and position.start > 0)  # what lies before gave something
+            for item in self.stream.read(order[place], position.start if place == position.shard else 0):
                 num_usable += not isinstance(item.pair, UnusableSample)
                 yield ShardItem(item, order[place], place)
             num_lost = 0 if num_usable or not is_lost(item) else num_lost + 1
@@ -132,10 +134,11 @@ class Lane:
         Random(derive_seed(self.seed, "shards", epoch, self.number)).shuffle(shards)
         return shards
 
-    def shuffled(self, length: int, mark: LanePosition) -> list[int]:
+    def shuffled(self, length: int, position: LanePosition) -> list[int]:
         """Return the order in which a window is given out."""
         order = list(range(length))
-        Random(derive_seed(self.seed, "window", mark.epoch, self.number, mark.shard, mark.start)).shuffle(order)
+        seed = derive_seed(self.seed, "window", position.epoch, self.number, position.shard, position.start)
+        Random(seed).shuffle(order)
         return order
 
 

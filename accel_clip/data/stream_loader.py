@@ -39,13 +39,13 @@ class Lanes:
     """items of a lane that are shuffled together"""
     seed: int
     """of the order"""
-    marks: Mapping[int, LanePosition]
+    positions: Mapping[int, LanePosition]
     """where each lane stands that was begun, by its number"""
 
     def open(self, number: int) -> Iterator[LaneItem]:
         """Yield what follows in a lane."""
         lane = Lane(self.stream, number, self.num_lanes, self.window, self.seed)
-        return lane.give(self.marks.get(number, LanePosition(number)))
+        return lane.give(self.positions.get(number, LanePosition(number)))
 
 
 class LaneBatches(PluginsFirst, IterableDataset[Batch | DataError]):
@@ -74,7 +74,7 @@ class LaneBatches(PluginsFirst, IterableDataset[Batch | DataError]):
         met: list[BadSample] = []
         first_epoch = None
         for given in lane:
-            epoch = given.mark.epoch
+            epoch = given.position.epoch
             first_epoch = epoch if first_epoch is None else first_epoch
             if epoch - first_epoch >= EPOCHS_TO_KNOW or len(met) >= MOST_UNUSABLE:
                 break
@@ -85,7 +85,7 @@ class LaneBatches(PluginsFirst, IterableDataset[Batch | DataError]):
             except UnusableSample as problem:
                 met.append(self.describe(problem, given))
             if len(examples) == self.rows:
-                return replace(batch_of(list(examples.values()), met), marks=(given.mark,))
+                return replace(batch_of(list(examples.values()), met), lane_positions=(given.position,))
         name = self.lanes.stream.name
         what = f"data.train: {self.rows} pairs of a batch come from a part of {name} that has {len(examples)}"
         raise too_few_usable(what, met) if met else DataError(f"{what}: make train.batch_size smaller or add data")
@@ -94,12 +94,12 @@ class LaneBatches(PluginsFirst, IterableDataset[Batch | DataError]):
         """Return an item, prepared; raises `UnusableSample`."""
         if isinstance(given.item.pair, UnusableSample):
             raise given.item.pair
-        return self.preparation.example(given.item.pair, given.item.key, sample, given.mark.epoch)
+        return self.preparation.example(given.item.pair, given.item.key, sample, given.position.epoch)
 
     def describe(self, problem: UnusableSample, given: LaneItem) -> BadSample:
         """Return the record of an unusable sample."""
         name, key = self.lanes.stream.name, given.item.key
-        return BadSample(name, key, problem.reason, problem.path, problem.detail, given.mark.epoch)
+        return BadSample(name, key, problem.reason, problem.path, problem.detail, given.position.epoch)
 
 
 def as_it_is(part: Batch | DataError) -> Batch | DataError:

@@ -65,7 +65,7 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let standard output and error be a `LastingStream` each during a block; one that was closed is the null device."""
+    """Let standard output and error be `LastingStream`s during a block; one that was closed is the null device."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     try:
@@ -79,8 +79,6 @@ def lasting_output() -> Iterator[None]:
 
 def lasting(stream: TextIO | None) -> Any:
     """Return a stream that lasts."""
-    return (
-        stream
-        if isinstance(stream, LastingStream)
-        else LastingStream(stream or open(os.devnull, "w", encoding="utf-8"))
-    )
+    if isinstance(stream, LastingStream):
+        return stream
+    return LastingStream(stream or open(os.devnull, "w", encoding="utf-8"))

@@ -233,7 +233,7 @@ def workers_of(config: Config, accelerator: Accelerator, num_processes: int) -> 
 def assembled(config: Config, accelerator: Accelerator, loss: Loss, model: ClipModel) -> Assembly:
     """Return the model, the loss and the optimizer put together; from here on each process draws its own dropout."""
     assembly = assemble(config, accelerator, loss, model)
-    settle_reduction(assembly.place)
+    settle_reduction(assembly.trial)
     torch.manual_seed(derive_seed(config.seed, "dropout", accelerator.process_index))
     return assembly
 

@@ -48,42 +48,42 @@ class Resumable:
     inputs: Inputs | None
     """what the settings name by path, on the first process"""
 
-    def begin(self, found: Checkpoint | None) -> Mapping[str, Any] | None:
+    def begin(self, checkpoint: Checkpoint | None) -> Mapping[str, Any] | None:
         """Put the run into the state of a checkpoint, if there is one, and return what that says of the plan.
 
         Raises `ConfigError` for a checkpoint of another run, and where a new run would take back another one.
         """
-        if found is None:
+        if checkpoint is None:
             self.folder.require_no_checkpoint()
             return None
-        saved = self.load(found)
+        saved = self.load(checkpoint)
         self.feed.load_state_dict(saved["data"])
-        if self.saver.is_own(found) and self.logbook.stopping.best_step == found.step:
-            self.saver.point_to_best(found.step)
-        say(f"going on from {found.path}")
+        if self.saver.is_own(checkpoint) and self.logbook.stopping.best_step == checkpoint.step:
+            self.saver.point_to_best(checkpoint.step)
+        say(f"going on from {checkpoint.path}")
         plan: Mapping[str, Any] = saved["plan"]
         return plan
 
-    def open_folder(self, found: Checkpoint | None) -> None:
+    def open_folder(self, checkpoint: Checkpoint | None) -> None:
         """Create the run folder once every process is ready to go, and cut its files to what the checkpoint knows."""
         self.saver.accelerator.wait_for_everyone()
         if not self.saver.accelerator.is_main_process:
             return
         self.folder.create()
-        if found is None:
+        if checkpoint is None:
             self.folder.require_no_checkpoint()
-        self.folder.cut_files(self.saver.file_sizes(found))
+        self.folder.cut_files(self.saver.file_sizes(checkpoint))
         save_config(self.config, self.folder.config)
         if self.inputs is not None:
             self.inputs.keep(self.folder.checkpoints)
 
-    def load(self, found: Checkpoint) -> dict[str, Any]:
+    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Take over what a checkpoint holds but the place in the data and the random states; return all of it."""
-        saved = self.saver.restore(found)
+        saved = self.saver.restore(checkpoint)
         self.state.take_over(fit(saved["run"], RunState, "run"))
         self.logbook.load_state_dict(saved)
         self.hooks.load_state_dict(saved)
-        if not self.saver.is_own(found):
+        if not self.saver.is_own(checkpoint):
             self.logbook.bad_samples.forget_list()
         return saved
 
@@ -93,12 +93,12 @@ class Resumable:
         Collective.
         """
         self.saver.finish()
-        found = self.saver.find()
-        assert found is not None, "a run that may be rolled back is saved at its start"
-        saved = self.load(found)
-        self.saver.restore_random(found, self.config.seed)
+        checkpoint = self.saver.find()
+        assert checkpoint is not None, "a run that may be rolled back is saved at its start"
+        saved = self.load(checkpoint)
+        self.saver.restore_random(checkpoint, self.config.seed)
         if self.saver.accelerator.is_main_process:
-            self.folder.cut_files(self.saver.file_sizes(found))
+            self.folder.cut_files(self.saver.file_sizes(checkpoint))
         plan: Mapping[str, Any] = saved["plan"]
         return plan
 
@@ -126,12 +126,12 @@ def build_saver(parts: RunParts, folder: RunFolder) -> Saver:
     return Saver(parts.accelerator, folder.checkpoints, config.checkpoint, modules, optimizer, check)
 
 
-def read_inputs(parts: RunParts, found: Checkpoint | None) -> Inputs | None:
+def read_inputs(parts: RunParts, checkpoint: Checkpoint | None) -> Inputs | None:
     """Return what the settings name by path, on the first process; raises `ConfigError` when it has changed since."""
     inputs = None
     with known_to_all(parts.accelerator):
         if parts.accelerator.is_main_process:
             inputs = Inputs(parts.config, parts.data.named)
-            if found is not None:
-                inputs.require_same_as_in(found)
+            if checkpoint is not None:
+                inputs.require_same_as_in(checkpoint)
     return inputs

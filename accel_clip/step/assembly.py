@@ -33,7 +33,7 @@ class Assembly:
     """the model as the accelerator has prepared it"""
     optimizer: Any
     """the optimizer as the accelerator has prepared it"""
-    place: ModelTrial
+    trial: ModelTrial
     """what a trial of the model needs"""
 
 

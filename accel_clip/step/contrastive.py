@@ -55,8 +55,8 @@ class ContrastiveStep:
         batch: this process's pairs, on the CPU; every process brings the same number.
         """
         device, loss = self.accelerator.device, self.loss
-        cut = cut_batch(batch, self.anatomy, self.plan)
-        passed = FirstPass(self, cut)
+        chunked = cut_batch(batch, self.anatomy, self.plan)
+        passed = FirstPass(self, chunked)
         known = {name: each.to(device) for name, each in batch.features.items()}
         outputs = {**loss.columns(batch, device), **passed.outputs(), **known}
         gradient = global_loss_gradient(self.accelerator, loss, outputs)
@@ -80,8 +80,8 @@ class ContrastiveStep:
         The last backward pass takes one chunk of each side, the scalars and the loss's own parameters, so it reaches
         every trained parameter, as the reduction needs.
         """
-        chunks = passed.cut.chunks
-        slopes = {name: passed.cut.to_items(name, slope) for name, slope in gradient.by_row.items()}
+        chunks = passed.chunked.chunks
+        slopes = {name: passed.chunked.to_items(name, slope) for name, slope in gradient.by_row.items()}
         order = sorted(self.trained(chunks), key=lambda number: (number not in passed.kept, -number))
         final = last_of_each_side(order, chunks)
 
@@ -103,15 +103,15 @@ class ContrastiveStep:
 class FirstPass:
     """The features of every chunk, and what the second pass needs of each: its graph, or its random state."""
 
-    def __init__(self, step: ContrastiveStep, cut: ChunkedBatch) -> None:
-        self.step, self.cut = step, cut
+    def __init__(self, step: ContrastiveStep, chunked: ChunkedBatch) -> None:
+        self.step, self.chunked = step, chunked
         self.kept: dict[int, Outputs] = {}
         self.random_states: dict[int, RandomState] = {}
         self.rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.scalars: Outputs = {}
-        trained = set(step.trained(cut.chunks))
-        keeping = chunks_to_keep(cut.chunks, sorted(trained), step.plan)
-        for number, chunk in enumerate(cut.chunks):
+        trained = set(step.trained(chunked.chunks))
+        keeping = chunks_to_keep(chunked.chunks, sorted(trained), step.plan)
+        for number, chunk in enumerate(chunked.chunks):
             if number in keeping:
                 outputs = self.kept[number] = step.forward(chunk)
             else:
@@ -135,7 +135,7 @@ class FirstPass:
 
     def outputs(self) -> Outputs:
         """Return the outputs of this process's whole batch by name, one row a pair, and the scalars."""
-        whole = {name: self.cut.to_pairs(name, in_order(parts)) for name, parts in self.rows.items()}
+        whole = {name: self.chunked.to_pairs(name, in_order(parts)) for name, parts in self.rows.items()}
         return {**whole, **self.scalars}
 
     def graph_of(self, number: int) -> Outputs:
@@ -144,7 +144,7 @@ class FirstPass:
             return self.kept.pop(number)
         state = self.random_states.pop(number, None)
         with state.replayed() if state is not None else nullcontext():
-            return self.step.forward(self.cut.chunks[number])
+            return self.step.forward(self.chunked.chunks[number])
 
 
 def chunks_to_keep(chunks: list[Chunk], trained: list[int], plan: Plan) -> set[int]:

@@ -50,14 +50,14 @@ class Learner:
         self.largest_norm = config.optim.grad_clip or math.inf
         self.largest_logit_scale = config.train.max_logit_scale
         self.config, self.stage = config.train, stage
-        plan = plan_for_stage(assembly.place, self.config, stage, saved_plan)
+        plan = plan_for_stage(assembly.trial, self.config, stage, saved_plan)
         self.contrastive_step = ContrastiveStep(self.parallel, loss, assembly.anatomy, plan)
 
     def begin_stage(self, stage: int, config: TrainConfig, saved_plan: Mapping[str, Any] | None) -> None:
         """Plan how a batch is cut anew where another stage than before begins."""
         if stage != self.stage:
             self.config, self.stage = config, stage
-            self.contrastive_step.plan = plan_for_stage(self.assembly.place, config, stage, saved_plan)
+            self.contrastive_step.plan = plan_for_stage(self.assembly.trial, config, stage, saved_plan)
 
     def add_gradients(self, step: int, batches: Sequence[Batch], report: MeterGroup) -> float:
         """Add the average gradient of a step's batches to the parameters and clip it; return the learning rate.
@@ -112,14 +112,14 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside weights and optimizer, as plain JSON."""
-        model, place = self.model, self.assembly.place
+        model, trial = self.model, self.assembly.trial
         return {
             "model": {
                 "model_config": model.model_config,
                 "preprocess_config": model.preprocess_config,
                 "towers": model.towers,
             },
-            "plan": plan_state(place, self.config, self.stage, self.contrastive_step.plan),
+            "plan": plan_state(trial, self.config, self.stage, self.contrastive_step.plan),
         }
 
     @property

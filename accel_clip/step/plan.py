@@ -71,61 +71,61 @@ class ModelTrial:
         return {side: {side: each} for side, each in sides.items() if side not in self.anatomy.frozen}
 
 
-def choose_plan(place: ModelTrial, config: TrainConfig) -> Plan:
+def choose_plan(trial: ModelTrial, config: TrainConfig) -> Plan:
     """Return the plan of a run; collective. Raises `ConfigError` when not even one row, or the size asked for, fits."""
-    whole = config.batch_size // place.accelerator.num_processes
+    whole = config.batch_size // trial.accelerator.num_processes
     asked = config.micro_batch_size
-    rows = largest_that_fits(place, min(asked or whole, whole), may_shrink=asked is None)
-    rows = agreed_minimum(place.accelerator, rows)
-    kept = graphs_within(place, config, rows, whole)
-    cost_of_a_group = COST_OF_A_GROUP.get(place.accelerator.device.type, COST_OF_A_GROUP_ON_A_DEVICE)
-    kept = {side: agreed_minimum(place.accelerator, number) for side, number in kept.items()}
-    keeps_all_captions = not place.anatomy.stochastic and kept.get("text", 0) * rows >= whole
+    rows = largest_that_fits(trial, min(asked or whole, whole), may_shrink=asked is None)
+    rows = agreed_minimum(trial.accelerator, rows)
+    kept = graphs_within(trial, config, rows, whole)
+    cost_of_a_group = COST_OF_A_GROUP.get(trial.accelerator.device.type, COST_OF_A_GROUP_ON_A_DEVICE)
+    kept = {side: agreed_minimum(trial.accelerator, number) for side, number in kept.items()}
+    keeps_all_captions = not trial.anatomy.stochastic and kept.get("text", 0) * rows >= whole
     plan = Plan(rows, whole if keeps_all_captions else rows, kept, cost_of_a_group)
     if rows < whole:
         shown = ", ".join(f"{number} of {side}s" for side, number in plan.kept.items())
         say(f"micro-batches of {rows} rows; graphs kept between the two passes: {shown or 'none'}")
-        warn_of_batch_norm(place.wrapped)
+        warn_of_batch_norm(trial.wrapped)
     return plan
 
 
-def plan_for_stage(place: ModelTrial, config: TrainConfig, stage: int, saved: Mapping[str, Any] | None) -> Plan:
+def plan_for_stage(trial: ModelTrial, config: TrainConfig, stage: int, saved: Mapping[str, Any] | None) -> Plan:
     """Return the plan of a stage, by its number: the one in a checkpoint where that was made for it, else a new one.
 
     config: the settings in force in the stage. Collective; raises as `choose_plan` does.
     """
     is_known = saved is not None and saved.get("stage", 0) == stage
-    plan = kept_plan(place, config, saved) if saved is not None and is_known else None
-    return plan or choose_plan(place, config)
+    plan = kept_plan(trial, config, saved) if saved is not None and is_known else None
+    return plan or choose_plan(trial, config)
 
 
-def plan_state(place: ModelTrial, config: TrainConfig, stage: int, plan: Plan) -> dict[str, Any]:
+def plan_state(trial: ModelTrial, config: TrainConfig, stage: int, plan: Plan) -> dict[str, Any]:
     """Return a plan, its stage and what it depends on beside the machine's memory, as plain JSON for a checkpoint."""
-    made_for = made_for_now(place, config)
+    made_for = made_for_now(trial, config)
     return {"stage": stage, "made_for": made_for, "threads": torch.get_num_threads(), **asdict(plan)}
 
 
-def made_for_now(place: ModelTrial, config: TrainConfig) -> dict[str, Any]:
+def made_for_now(trial: ModelTrial, config: TrainConfig) -> dict[str, Any]:
     """Return what a plan made now would be made for."""
     asked = {key: getattr(config, key) for key in ("micro_batch_size", "activation_gib", "threads")}
-    return {**asked, "num_processes": place.accelerator.num_processes}
+    return {**asked, "num_processes": trial.accelerator.num_processes}
 
 
-def kept_plan(place: ModelTrial, config: TrainConfig, saved: Mapping[str, Any]) -> Plan | None:
+def kept_plan(trial: ModelTrial, config: TrainConfig, saved: Mapping[str, Any]) -> Plan | None:
     """Return the plan in a checkpoint, None when it was made for other settings or no longer fits, which is said."""
     plan = Plan(**{field.name: saved[field.name] for field in fields(Plan)})
-    same = saved["made_for"] == made_for_now(place, config)
+    same = saved["made_for"] == made_for_now(trial, config)
     if same:
         torch.set_num_threads(saved["threads"])
-    if same and still_fits(place, plan):
+    if same and still_fits(trial, plan):
         return plan
     say("the batch is cut in another way than before: from here on the run is equal to rounding only")
     return None
 
 
-def largest_that_fits(place: ModelTrial, rows: int, may_shrink: bool) -> int:
+def largest_that_fits(trial: ModelTrial, rows: int, may_shrink: bool) -> int:
     """Return `rows`, or the first of its halves for which every tower's forward and backward pass fits."""
-    while not fits(place, rows):
+    while not fits(trial, rows):
         if not may_shrink:
             raise ConfigError(f"train.micro_batch_size: {rows} rows do not fit into memory: make it smaller, or null")
         if rows == 1:
@@ -134,29 +134,29 @@ def largest_that_fits(place: ModelTrial, rows: int, may_shrink: bool) -> int:
     return rows
 
 
-def fits(place: ModelTrial, rows: int) -> bool:
+def fits(trial: ModelTrial, rows: int) -> bool:
     """Return whether the graphs of one chunk of each side fit together: tried on a device, computed on a CPU."""
-    device = place.accelerator.device
+    device = trial.accelerator.device
     if device.type == "cpu":
-        return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
+        return sum(graph_bytes(trial, rows).values()) <= free_for_graphs(trial)
     try:
-        for inputs in place.inputs(rows).values():
-            try_chunk(place, inputs)
+        for inputs in trial.inputs(rows).values():
+            try_chunk(trial, inputs)
     except torch.OutOfMemoryError:
         return False
     finally:
         torch.get_device_module(device).empty_cache()
-    return sum(graph_bytes(place, rows).values()) <= free_for_graphs(place)
+    return sum(graph_bytes(trial, rows).values()) <= free_for_graphs(trial)
 
 
-def graphs_within(place: ModelTrial, config: TrainConfig, rows: int, whole: int) -> dict[str, int]:
+def graphs_within(trial: ModelTrial, config: TrainConfig, rows: int, whole: int) -> dict[str, int]:
     """Return how many chunks of each trained side of a batch of `whole` pairs keep their graph; captions go first.
 
     The budget is what remains beside the one chunk of each side that is recomputed.
     """
-    sizes = graph_bytes(place, rows)
+    sizes = graph_bytes(trial, rows)
     num_chunks = -(-whole // rows)
-    budget = free_for_graphs(place) if config.activation_gib is None else config.activation_gib * GIB
+    budget = free_for_graphs(trial) if config.activation_gib is None else config.activation_gib * GIB
     if config.activation_gib is None and sum(sizes.values()) * num_chunks > budget:
         budget -= sum(sizes.values())
     kept = {}
@@ -166,31 +166,31 @@ def graphs_within(place: ModelTrial, config: TrainConfig, rows: int, whole: int)
     return kept
 
 
-def graph_bytes(place: ModelTrial, rows: int) -> dict[str, int]:
+def graph_bytes(trial: ModelTrial, rows: int) -> dict[str, int]:
     """Return the bytes that the graph of one chunk of each trained side holds.
 
     A line through two small trials: copies of weights in half precision are in every graph, whatever its rows.
     """
     few, more = (
-        {side: try_chunk(place, inputs) for side, inputs in place.inputs(number).items()} for number in PROBE_ROWS
+        {side: try_chunk(trial, inputs) for side, inputs in trial.inputs(number).items()} for number in PROBE_ROWS
     )
     per_row = {side: (more[side] - few[side]) / (PROBE_ROWS[1] - PROBE_ROWS[0]) for side in few}
     return {side: round(few[side] + per_row[side] * (rows - PROBE_ROWS[0])) for side in few}
 
 
-def settle_reduction(place: ModelTrial) -> None:
+def settle_reduction(trial: ModelTrial) -> None:
     """Let the reduction of gradients find its order now, in passes that leave no trace, and not in the first steps."""
-    if place.accelerator.num_processes == 1:
+    if trial.accelerator.num_processes == 1:
         return
-    inputs = {name: each for side in place.inputs(1).values() for name, each in side.items()}
-    with leaving_no_trace(place):
-        place.parallel.settle(inputs, sum_of)
+    inputs = {name: each for side in trial.inputs(1).values() for name, each in side.items()}
+    with leaving_no_trace(trial):
+        trial.parallel.settle(inputs, sum_of)
 
 
-def try_chunk(place: ModelTrial, inputs: dict[str, Any]) -> int:
+def try_chunk(trial: ModelTrial, inputs: dict[str, Any]) -> int:
     """Return the bytes that the graph of one forward pass holds, after a backward pass through it; leaves no trace."""
     held: dict[int, int] = {}
-    parameters = {each.data_ptr() for each in place.wrapped.parameters()}
+    parameters = {each.data_ptr() for each in trial.wrapped.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -198,9 +198,9 @@ def try_chunk(place: ModelTrial, inputs: dict[str, Any]) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with leaving_no_trace(place), place.parallel.alone():
+    with leaving_no_trace(trial), trial.parallel.alone():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            total = sum_of(place.wrapped(**inputs))
+            total = sum_of(trial.wrapped(**inputs))
         total.backward()
     return sum(held.values())
 
@@ -211,23 +211,23 @@ def sum_of(outputs: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def leaving_no_trace(place: ModelTrial) -> Iterator[None]:
+def leaving_no_trace(trial: ModelTrial) -> Iterator[None]:
     """Run a block in training mode without leaving gradients, statistics of batch norm, or used random numbers."""
-    before = RandomState(place.accelerator.device)
-    place.wrapped.train()
+    before = RandomState(trial.accelerator.device)
+    trial.wrapped.train()
     try:
-        with unchanged_statistics(place.wrapped):
+        with unchanged_statistics(trial.wrapped):
             yield
     finally:
-        for parameter in place.wrapped.parameters():
+        for parameter in trial.wrapped.parameters():
             parameter.grad = None
         before.restore()
 
 
-def free_for_graphs(place: ModelTrial) -> float:
+def free_for_graphs(trial: ModelTrial) -> float:
     """Return the bytes of memory that graphs may take: a share of what gradients and optimizer state will leave."""
-    device = place.accelerator.device
-    trained = sum(each.numel() for each in place.wrapped.parameters() if each.requires_grad)
+    device = trial.accelerator.device
+    trained = sum(each.numel() for each in trial.wrapped.parameters() if each.requires_grad)
     return SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE) * (free_bytes(device) - STATE_BYTES * trained)
 
 
@@ -238,9 +238,9 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // num_local_processes()
 
 
-def still_fits(place: ModelTrial, plan: Plan) -> bool:
+def still_fits(trial: ModelTrial, plan: Plan) -> bool:
     """Return whether a plan made earlier fits into every process's memory now; collective."""
-    return bool(agreed_minimum(place.accelerator, int(fits(place, plan.micro_batch_size))))
+    return bool(agreed_minimum(trial.accelerator, int(fits(trial, plan.micro_batch_size))))
 
 
 def agreed_minimum(accelerator: Accelerator, value: int) -> int:

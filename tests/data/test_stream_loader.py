@@ -22,8 +22,8 @@ from helpers.streams import StreamInMemory, tokens
 WINDOW, SEED = 5, 3
 
 
-def keys_of(lane: Lane, mark: LanePosition, number: int) -> list[str]:
-    return [given.item.key for given in islice(lane.give(mark), number)]
+def keys_of(lane: Lane, position: LanePosition, number: int) -> list[str]:
+    return [given.item.key for given in islice(lane.give(position), number)]
 
 
 def batches(
@@ -32,13 +32,13 @@ def batches(
     process: int = 0,
     num_processes: int = 1,
     workers: int = 0,
-    marks: dict[int, LanePosition] | None = None,
+    positions: dict[int, LanePosition] | None = None,
     rows: int = 3,
 ) -> list[Batch]:
     """Return batches of one process of a stream in four lanes."""
     share = 4 // num_processes
     numbers = range(process * share, (process + 1) * share)
-    lanes = Lanes(stream, numbers, 4, WINDOW, SEED, marks or {})
+    lanes = Lanes(stream, numbers, 4, WINDOW, SEED, positions or {})
     parts = LaneBatches(lanes, rows, Preparation(tokens, (16, 16), 1e6, SEED))
     loader = iterate_stream(parts, DataConfig(), workers, pin_memory=False)
     try:
@@ -67,7 +67,7 @@ def test_a_lane_goes_on_with_the_very_next_pair_from_every_mark() -> None:
     whole = list(islice(lane.give(LanePosition(0)), 60))
     keys = [given.item.key for given in whole]
     for place in range(40):
-        assert keys_of(lane, whole[place].mark, 15) == keys[place + 1 : place + 16]
+        assert keys_of(lane, whole[place].position, 15) == keys[place + 1 : place + 16]
 
 
 def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
@@ -81,7 +81,7 @@ def test_the_rest_of_a_shard_without_a_picture_is_no_lost_shard() -> None:
     lane = Lane(WithoutLast([11]), 0, 1, WINDOW, SEED)  # its last window holds that sample alone
     whole = list(islice(lane.give(LanePosition(0)), 30))
     for place in range(22):
-        assert keys_of(lane, whole[place].mark, 4) == [given.item.key for given in whole[place + 1 : place + 5]]
+        assert keys_of(lane, whole[place].position, 4) == [given.item.key for given in whole[place + 1 : place + 5]]
 
 
 def test_a_short_shard_is_not_shown_much_more_often_than_others() -> None:
@@ -114,8 +114,8 @@ def test_batches_go_on_from_their_marks() -> None:
     stream = StreamInMemory([9, 7, 11, 8, 6, 5, 7, 12], broken=frozenset({(2, 1), (4, 2), (5, 3)}))
     whole = batches(stream, 12)
     for place in (0, 3, 8):
-        marks = {mark.lane: mark for mark in whole[place].marks}
-        assert contents(batches(stream, 3, marks=marks)) == contents(whole[place + 1 : place + 4])
+        positions = {position.lane: position for position in whole[place].lane_positions}
+        assert contents(batches(stream, 3, positions=positions)) == contents(whole[place + 1 : place + 4])
 
 
 def test_unusable_pairs_are_passed_over_and_told_in_every_epoch() -> None:

@@ -41,20 +41,20 @@ class CheckOptions:
     """the folder for a page that shows the first pairs, None for none"""
 
 
-def check(arguments: list[str], description: str, asked: CheckOptions) -> Report:
+def check(arguments: list[str], description: str, options: CheckOptions) -> Report:
     """Return all that can be known of a run before it starts; nothing that is written stays, but for the page.
 
     arguments: as for training.
     """
     with without_traces() as index_folder:
-        return report_on(arguments, description, asked, index_folder)
+        return report_on(arguments, description, options, index_folder)
 
 
-def report_on(arguments: list[str], description: str, asked: CheckOptions, index_folder: Path) -> Report:
+def report_on(arguments: list[str], description: str, options: CheckOptions, index_folder: Path) -> Report:
     """Return the report; the indexes of shards that are made for it go to a folder of their own."""
     problems = Problems()
-    if asked.sheet is not None:
-        problems.attempt(partial(require_own, asked.sheet, CONTACT_SHEET, "--show"))
+    if options.sheet is not None:
+        problems.attempt(partial(require_own, options.sheet, CONTACT_SHEET, "--show"))
     start = look_at_everything_named(settings_to_check(arguments, description, problems), problems)
     if start is None:
         return Report(problems=listed(problems), exit_code=problems.exit_code)
@@ -62,15 +62,15 @@ def report_on(arguments: list[str], description: str, asked: CheckOptions, index
     from accel_clip.process.accelerator import process_as_found
 
     with process_as_found():
-        parts = planned_parts(start, asked.num_processes, problems, index_folder)
+        parts = planned_parts(start, options.num_processes, problems, index_folder)
         if parts is None:
             return Report(problems=listed(problems), exit_code=problems.exit_code)
-        if asked.sheet is not None and not problems:
+        if options.sheet is not None and not problems:
             from accel_clip.commands.check.sheet import write_sheet
 
-            problems.attempt(partial(write_sheet, parts, asked.sheet))
+            problems.attempt(partial(write_sheet, parts, options.sheet))
         goes_on = start.decision.kind != "new"
-        return measured(parts, goes_on, asked.num_samples, asked.seconds, problems)
+        return measured(parts, goes_on, options.num_samples, options.seconds, problems)
 
 
 def look_at_everything_named(config: Config, problems: Problems) -> Start | None:

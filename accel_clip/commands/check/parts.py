@@ -25,9 +25,9 @@ class PlannedParts(RunParts):
     """micro-batches and the graphs that are kept, found by trying on this machine"""
 
     @property
-    def place(self) -> ModelTrial:
+    def trial(self) -> ModelTrial:
         """Return what a trial of the model needs."""
-        return self.assembly.place
+        return self.assembly.trial
 
     @property
     def anatomy(self) -> Anatomy:
@@ -59,7 +59,7 @@ def planned_parts(start: Start, num_processes: int, problems: Problems, index_fo
     if parts is None:
         return None
     own = own_part(start.config.train, num_processes)
-    plan = problems.attempt(partial(choose_plan, parts.assembly.place, own))
+    plan = problems.attempt(partial(choose_plan, parts.assembly.trial, own))
     if plan is None:
         return None
     return PlannedParts(**{each.name: getattr(parts, each.name) for each in fields(parts)}, plan=plan)

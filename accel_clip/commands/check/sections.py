@@ -67,7 +67,7 @@ def model_facts(parts: PlannedParts) -> ModelFacts:
     parameters = parameters_by_tower(clip)
     counts = {side: sum(each.numel() for each in found) for side, found in parameters.items()}
     trained = {side: sum(each.numel() for each in found if each.requires_grad) for side, found in parameters.items()}
-    graphs = graph_bytes(parts.place, plan.micro_batch_size)
+    graphs = graph_bytes(parts.trial, plan.micro_batch_size)
     num_chunks = -(-parts.pairs_per_process // plan.micro_batch_size)
     held = sum(number * plan.kept.get(side, 0) for side, number in graphs.items())
     recomputed = sum(number for side, number in graphs.items() if plan.kept.get(side, 0) < num_chunks)
@@ -83,7 +83,7 @@ def model_facts(parts: PlannedParts) -> ModelFacts:
         weights_bytes=sum(each.nbytes for each in clip.state_dict().values()),
         optimizer_bytes=STATE_BYTES * sum(trained.values()),
         graph_bytes=held + recomputed,
-        free_bytes=int(free_for_graphs(parts.place)),
+        free_bytes=int(free_for_graphs(parts.trial)),
     )
 
 

@@ -137,10 +137,10 @@ class RemoteShards:
         with RemoteFile(self.addresses[shard], start, self.patience) as file:
             archive = Archive(file)
             try:
-                for gathered in self.samples(archive, address):
+                for sample in self.samples(archive, address):
                     if last is not None:
                         yield last
-                    last = StreamItem(gathered.key, self.outcome(gathered), gathered.end)
+                    last = StreamItem(sample.key, self.outcome(sample), sample.end)
                 problem = problem_of(archive, address)
             except UnusableSample as failure:
                 problem = UnusableSample(*failure.args)
@@ -158,10 +158,10 @@ class RemoteShards:
         keyed = ((*key_and_ending(*names, self.words), member) for names, member in named if names)
         wanted = (each for each in keyed if self.is_wanted(each[1]))
         for key, members in groupby(wanted, key=itemgetter(0)):
-            gathered = PartialSample(f"{address}/{key.decode(errors='backslashreplace')}")
+            sample = PartialSample(f"{address}/{key.decode(errors='backslashreplace')}")
             for _, extension, member in members:
-                self.take(gathered, extension, member, archive.file)
-            yield gathered
+                self.take(sample, extension, member, archive.file)
+            yield sample
             limit.begin()
         if limit.problem:
             raise limit.problem
@@ -170,34 +170,34 @@ class RemoteShards:
         """Return whether members with that extension are pictures or texts."""
         return extension in self.pictures or extension in self.text_extensions
 
-    def take(self, gathered: PartialSample, extension: str, member: Member, file: ForwardFile) -> None:
+    def take(self, sample: PartialSample, extension: str, member: Member, file: ForwardFile) -> None:
         """Read a member that is the sample's picture or one of its texts; of two with one name the later counts."""
-        gathered.end = padded(member.offset + member.num_bytes)
+        sample.end = padded(member.offset + member.num_bytes)
         if extension in self.text_extensions:
             is_too_large = member.num_bytes > LARGEST_CAPTION_BYTES
-            path = f"{gathered.key}.{extension}"
+            path = f"{sample.key}.{extension}"
             content = text_too_large(member.num_bytes, path) if is_too_large else content_or_problem(member, file, path)
-            gathered.texts[extension] = content
+            sample.texts[extension] = content
             return
         rank = self.pictures.index(extension)
-        if gathered.picture is None or rank <= gathered.rank:
-            gathered.picture, gathered.rank = None, rank  # the one before is let go of first
+        if sample.picture is None or rank <= sample.rank:
+            sample.picture, sample.rank = None, rank  # the one before is let go of first
             is_too_large = member.num_bytes > LARGEST_PICTURE_BYTES
-            path = gathered.key
+            path = sample.key
             content = (
                 picture_too_large(member.num_bytes, path) if is_too_large else content_or_problem(member, file, path)
             )
-            gathered.picture = content
+            sample.picture = content
 
-    def outcome(self, gathered: PartialSample) -> Pair | UnusableSample:
+    def outcome(self, sample: PartialSample) -> Pair | UnusableSample:
         """Return a sample as a pair, or why it is none."""
-        texts = SampleTexts(gathered.texts, gathered.text, gathered.key, self.encodings)
+        texts = SampleTexts(sample.texts, sample.text, sample.key, self.encodings)
         try:
             captions, weights = texts.captions(self.caption_rule) if self.caption_rule else ((), ())
             label = texts.label(self.label_rule) if self.label_rule else None
-            picture = required_content(gathered.picture)
+            picture = required_content(sample.picture)
             if picture is None:
-                raise UnusableSample("missing_file", WITHOUT_PICTURE, gathered.key)
+                raise UnusableSample("missing_file", WITHOUT_PICTURE, sample.key)
         except UnusableSample as problem:
             return UnusableSample(*problem.args)  # a new one: what was raised keeps all that was at hand in memory
         return Pair(picture, captions, label, weights=weights)
