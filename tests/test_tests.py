@@ -16,7 +16,6 @@ FILES = sorted(TESTS.rglob("*.py"))
 OWNS_ENTRIES = TESTS / "helpers" / "registries.py"
 TESTED_ELSEWHERE = {
     "config": "test_command_line.py and faults/test_hostile_numbers.py",
-    "console": "process/test_terminal.py",
     "plugins": "data/test_started_anew.py",
     "randomness": "checkpoint/test_checkpoint.py",
     "typed": "faults/test_hostile_numbers.py",
