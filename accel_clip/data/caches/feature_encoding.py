@@ -4,7 +4,7 @@
    changed since; those that could not be used are tried again.
 2. Cut the others into chunks and deal them to the processes (`process/rounds.py`).
 3. In each round every process encodes a chunk as the training step does and fills it up with zeros; the rows of all
-   are gathered, and the first process writes them, and those that are known (`feature_cache.py`).
+   are gathered, and the first process writes them, and those that are known (`features.py`).
 4. All processes map the finished files.
 """
 

@@ -1,6 +1,6 @@
 """Every different picture or caption of a source, loaded once: by worker processes, in chunks, behind a progress bar.
 
-What cannot be used is handed on as the error that says why, for `cache_folder.py` to keep beside the data.
+What cannot be used is handed on as the error that says why, for `folder.py` to keep beside the data.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 1. Find the different pictures, by hash, and which are on disk already, decoded in the same way from files that are as
    they were; those that could not be used are tried again.
 2. If some are not, decode a few of them in the first process, to see whether all will fit.
-3. The workers of the first process decode them and it writes all (`picture_cache.py`), the others from the old cache;
+3. The workers of the first process decode them and it writes all (`pictures.py`), the others from the old cache;
    the other processes wait. Workers are as many as all processes of its machine have, since theirs have nothing to do.
 4. All processes map the finished file.
 """
