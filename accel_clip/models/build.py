@@ -44,6 +44,7 @@ from accel_clip.models.weights import (
 from accel_clip.process.network import go_offline_without_hub
 
 TINY = Path(__file__).parent / "tiny.json"
+OWN_DESCRIPTIONS = Path(open_clip.__file__).parent / "model_configs"
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023, arXiv 2303.15343, section 3.2
 NOT_ARCHITECTURE = {"model_name", "pretrained", "precision", "device", "jit", "output_dict", "weights_only"}
 
@@ -148,7 +149,8 @@ def needs_hub(name: str, pretrained: str | None) -> bool:
 def registered_name(name: str) -> str:
     """Return the name under which open_clip knows the model, after telling it of `tiny` or of a JSON file."""
     if name == "tiny":
-        register_file(TINY)
+        if name not in open_clip.list_models():
+            open_clip.add_model_config(TINY)
         return name
     if name.endswith(".json"):
         return register_json(Path(name))
@@ -167,13 +169,18 @@ def registered_name(name: str) -> str:
 
 
 def register_json(file: Path) -> str:
-    """Return the name of a model that is described in a JSON file of open_clip's form."""
+    """Return the name of a model that is described in a JSON file of open_clip's form.
+
+    A file is read anew each time: it may have been edited since, or another one have had its name.
+    """
     described = read_description(file)
     require_architecture(described, str(file))
     known = get_model_config(file.stem)
-    if known is not None and known != described:
+    if known == described:
+        return file.stem
+    if (OWN_DESCRIPTIONS / f"{file.stem}.json").is_file() or file.stem == TINY.stem:
         raise ConfigError(f"model.name: {file} has the name of another model, '{file.stem}': rename the file")
-    register_file(file)
+    open_clip.add_model_config(file)
     return file.stem
 
 
@@ -197,12 +204,6 @@ def trusts_remote_code(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value.get("trust_remote_code")) or any(trusts_remote_code(inner) for inner in value.values())
     return isinstance(value, (list, tuple)) and any(trusts_remote_code(inner) for inner in value)
-
-
-def register_file(file: Path) -> None:
-    """Tell open_clip of a model's JSON file, once."""
-    if file.stem not in open_clip.list_models():
-        open_clip.add_model_config(file)
 
 
 def creation_options(config: ModelConfig) -> dict[str, Any]:

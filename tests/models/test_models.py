@@ -231,6 +231,19 @@ def test_a_json_file_cannot_take_another_models_name(tmp_path: Path) -> None:
         build_model(ModelConfig(str(file)))
 
 
+def test_a_json_file_that_was_edited_or_replaced_by_another_is_read_anew(tmp_path: Path) -> None:
+    """As in a notebook, where one process trains again and again."""
+    file, other = Path(small_model(tmp_path)), tmp_path / "other" / "small.json"
+    described = json.loads(file.read_text())
+    other.parent.mkdir()
+    other.write_text(json.dumps({**described, "embed_dim": 8}))
+    assert build_model(ModelConfig(str(file))).clip.text_projection.shape == (32, 32)
+    assert build_model(ModelConfig(str(other))).clip.text_projection.shape == (32, 8)
+    assert build_model(ModelConfig(str(file))).clip.text_projection.shape == (32, 32)
+    file.write_text(json.dumps({**described, "embed_dim": 16}))
+    assert build_model(ModelConfig(str(file))).clip.text_projection.shape == (32, 16)
+
+
 def test_the_logit_scale_is_clamped(tmp_path: Path) -> None:
     clip = build_model(ModelConfig(small_model(tmp_path))).clip
     for value, expected in ((9.0, 50.0), (-1.0, 1.0), (2.0, 7.389056)):
