@@ -79,8 +79,7 @@ class Trainer:
             try:
                 with recognised():
                     self.resumable.open_folder(self.checkpoint)
-                    if self.accelerator.is_main_process:
-                        self.status.running()
+                    self.status.running()
                     resumed_step = None if self.checkpoint is None else self.state.step
                     asked = (self.parts, self.resumable, self.prepare_data(watch), resumed_step)
                     session = opened.enter_context(open_session(watch, *asked))
@@ -242,8 +241,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_export(self.folder.export, exported)
         self.logbook.close(session.tracking, self.state, self.learner.context_length)
-        if self.accelerator.is_main_process:
-            self.status.complete()
+        self.status.complete()
         self.accelerator.end_training()
         return TrainResult(dict(exported.metrics), self.state.step, self.folder.export)
 

@@ -14,12 +14,14 @@ class RunStatus:
         self.folder, self.state, self.command, self.is_main_process = folder, state, command, is_main_process
 
     def running(self) -> None:
-        """Say that the run goes on from here; on the first process."""
-        self.folder.write_status("running", self.state.step, command=self.command)
+        """Say that the run goes on from here; the first process does."""
+        if self.is_main_process:
+            self.folder.write_status("running", self.state.step, command=self.command)
 
     def complete(self) -> None:
-        """Say that the run has come to its end; on the first process."""
-        self.folder.write_status("complete", self.state.step, exit_code=0)
+        """Say that the run has come to its end; the first process does."""
+        if self.is_main_process:
+            self.folder.write_status("complete", self.state.step, exit_code=0)
 
     def ended_by(self, error: BaseException) -> None:
         """Say why the run ended early, from the first process where all know it."""
