@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def received(loader: DataLoader[Any], is_asked: Callable[[], bool]) -> Generator
     Raises `StopAsked`, and `WorkerKilled` where the machine lets no worker start. Closed, it ends the workers.
     """
     others = multiprocessing.active_children()
+    get_temp_dir()  # of this process, which workers then share: killed, none would take one of its own away
     try:
         batches = started(loader)
         while not is_asked():

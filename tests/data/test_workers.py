@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -40,6 +41,22 @@ def test_what_workers_hand_over_comes_in_order_and_they_end(number: int) -> None
     received = list(Workers(number).load(Numbers(), torch.cat, batches))
     assert torch.stack(received).tolist() == batches
     assert not multiprocessing.active_children()
+
+
+def test_they_leave_nothing_in_the_folder_for_temporary_files(tmp_path: Path) -> None:
+    """Not the socket of one that is ended in its work, either."""
+    code = """
+import torch
+from torch.utils.data import TensorDataset
+from accel_clip.data.workers import Workers
+
+loaded = Workers(2).load(TensorDataset(torch.arange(99)), lambda rows: torch.stack([row for row, in rows]), [[0, 1]] * 50)
+assert [next(loaded).tolist() for _ in range(5)] == [[0, 1]] * 5
+loaded.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert done.returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_slow_batch_is_waited_for_as_long_as_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
