@@ -50,7 +50,7 @@ import torch
 from torch.utils.data import TensorDataset
 from accel_clip.data.workers import Workers
 
-loaded = Workers(2).load(TensorDataset(torch.arange(9)), lambda rows: torch.cat(sum(rows, ())), [[0, 1]] * 50)
+loaded = Workers(2).load(TensorDataset(torch.arange(9)), lambda rows: torch.stack(sum(rows, ())), [[0, 1]] * 50)
 assert [next(loaded).tolist() for _ in range(5)] == [[0, 1]] * 5
 loaded.close()
 """
