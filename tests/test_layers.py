@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,81 @@ def test_modules_say_their_job_and_do_not_print(file: Path) -> None:
     assert ast.get_docstring(tree)
     calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     assert "print" not in calls
+
+
+def test_the_floors_stand_in_the_documents() -> None:
+    document = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| ((?:`\w+`(?:, )?)+) \|$", document, re.MULTILINE)
+    assert [set(re.findall(r"\w+", row)) for row in rows] == [set(names) for names in reversed(FLOORS)]
+
+
+def module_of(file: Path) -> str:
+    """Return the name by which a file of the package is imported."""
+    name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imported_modules(file: Path, known: Collection[str]) -> set[str]:
+    """Return the modules of the package that a file imports anywhere: at its top, in functions, for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(name if name in known else node.module for name in names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return (found & set(known)) - {"accel_clip", module_of(file)}
+
+
+def in_circles(edges: Mapping[str, set[str]]) -> set[str]:
+    """Return the modules from which imports lead back to themselves: those left when ends are taken off both ways."""
+    left = {name: set(to) for name, to in edges.items()}
+    while True:
+        imported = {each for to in left.values() for each in to}
+        kept = {name: to & left.keys() for name, to in left.items() if to & left.keys() and name in imported}
+        if len(kept) == len(left):
+            return set(kept)
+        left = kept
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Lazy imports, and those for types alone, count: a circle that is hidden by one is still a circle."""
+    files = {module_of(file): file for file in modules() if file != PACKAGE / "__init__.py"}
+    assert in_circles({name: imported_modules(file, files) for name, file in files.items()}) == set()
+
+
+def test_a_circle_is_found() -> None:
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}}) == {"a", "b", "c"}
+
+
+def set_outside(tree: ast.AST) -> list[str]:
+    """Return the attributes of its own that a class sets in a method and not in `__init__`, but for dataclasses."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and not is_dataclass(node):
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            own = {each.name: attributes_set(each) for each in methods}
+            at_start = own.pop("__init__", set())
+            found += [f"{node.name}.{name}" for names in own.values() for name in sorted(names - at_start)]
+    return found
+
+
+def attributes_set(method: ast.FunctionDef) -> set[str]:
+    """Return the names `x` of every `self.x` that a method writes."""
+    written = [node for node in ast.walk(method) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return {node.attr for node in written if isinstance(node.value, ast.Name) and node.value.id == "self"}
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_an_object_is_whole_once_it_is_built(file: Path) -> None:
+    if room_of(file) in ("trainer", "run", "step"):
+        assert not set_outside(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_an_attribute_that_is_set_late_is_found() -> None:
+    late = "  def f(self):\n    self.x = self.y = 2\n    with a as self.z: pass"
+    code = f"class A:\n  def __init__(self):\n    self.x = 1\n{late}"
+    assert set_outside(ast.parse(code)) == ["A.y", "A.z"]
 
 
 def test_no_two_rooms_import_each_other() -> None:
