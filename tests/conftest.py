@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from helpers.registries import entries_end_here
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands set it for their process
+for stop in (signal.SIGHUP, signal.SIGINT):  # nohup and shells leave them ignored, and what a test starts inherits that
+    if signal.getsignal(stop) is signal.SIG_IGN:
+        signal.signal(stop, signal.SIG_DFL if stop is signal.SIGHUP else signal.default_int_handler)
 datasets_cache = tempfile.TemporaryDirectory(prefix="accel-clip-tests-")
 os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
 

@@ -33,7 +33,6 @@ from accel_clip.data.sources.resolve import open_source
 from accel_clip.faults import ConfigError, DataError, NonFiniteError
 from accel_clip.losses.base import LOSSES
 from accel_clip.models.build import build_model
-from accel_clip.run.session import timeout_of
 from helpers.commands import train_py
 from helpers.comparison import EPSILON, assert_equal_to_rounding, rounding
 from helpers.models import small_model
@@ -69,15 +68,6 @@ def test_a_run_on_a_stream_is_shown_by_what_it_was_measured_on(table: Path) -> N
     """As `accel-clip plot` does; the stream, whose server is gone, is not needed."""
     data = DataConfig(train=["http://127.0.0.1:9/{0..9}.tar"], val=[str(table)], workers=0)
     assert evaluate_run(config_for(table, data=data)).picture_grid() is not None
-
-
-def test_processes_that_wait_for_a_server_are_given_time() -> None:
-    """A server that asks for a minute (Retry-After) would else end a run of several processes."""
-    config = TrainConfig(timeout=45)
-    assert timeout_of(config, 2, has_streams=True) == 600 and timeout_of(config, 2, has_streams=False) == 45
-    assert timeout_of(TrainConfig(timeout=900), 2, has_streams=True) == 900
-    assert timeout_of(config, 1, has_streams=False) == 600  # nobody waits for it, and a disk may be on the network
-    assert timeout_of(TrainConfig(timeout=None), 1, True) is timeout_of(TrainConfig(timeout=None), 2, True) is None
 
 
 def test_accumulation_averages_contrastive_batches(table: Path) -> None:

@@ -63,9 +63,13 @@ def called(change: Callable[..., object], value: object, before: object) -> Iter
 
 @contextmanager
 def entry(mapping: dict, key: str, value: object) -> Iterator[None]:
+    before = dict(mapping)
     mapping[key] = value
     yield
-    del mapping[key]
+    if key in before:
+        mapping[key] = before[key]
+    else:
+        del mapping[key]
 
 
 @contextmanager

@@ -764,18 +764,18 @@ def test_registered_names_win_over_paths_and_unregistered_prefixes_are_paths(tmp
 def test_registered_sources_get_the_argument_and_complete_settings(own_entries):
     asked = []
 
-    @SOURCES.register("mine", "own")
+    @SOURCES.register("argued", "argued too")
     def mine(argument, options):
         """Mine."""
         asked.append((argument, options))
         return Numbers(3)
 
-    item = SourceConfig("own:a:b", image_key="photo")
+    item = SourceConfig("argued too:a:b", image_key="photo")
     assert len(open_source(item, DataConfig(image_key="image", caption_key=["text"]))) == 3
     argument, options = asked[0]
     assert argument == "a:b" and isinstance(options, SourceConfig)
-    assert (options.source, options.image_key, options.caption_key) == ("own:a:b", "photo", ["text"])
-    open_source("mine", DataConfig())
+    assert (options.source, options.image_key, options.caption_key) == ("argued too:a:b", "photo", ["text"])
+    open_source("argued", DataConfig())
     assert asked[1][0] == ""
 
 
