@@ -171,7 +171,7 @@ class Trainer:
         """Take one optimizer step on the average gradient of its batches, unless it is not finite."""
         logbook, state, batches = self.logbook, self.state, self.next_batches(session)
         for batch in batches:
-            logbook.meet(batch)
+            logbook.take_in(batch)
         logbook.meters.update("lr", self.learner.add_gradients(state.step, batches, logbook.report))
         agreed = self.agree(session.watch)
         if self.non_finite.accepts(agreed, batches):

@@ -139,14 +139,14 @@ def test_masking_takes_no_longer_than_reading() -> None:
 def test_credentials_in_data_do_not_reach_checkpoints(tmp_path: Path) -> None:
     log = BadSampleLog(tmp_path / "bad_samples.jsonl", 1.0)
     bad = BadSample(f"{SIGNED}", f"{SIGNED}/17", "missing_file", 'a"b%22?%74oken=CANARY', TOKENS[0], 0)
-    log.meet((bad, bad), 2)
+    log.take_in((bad, bad), 2)
     log.collect(Alone())
     written = log.file.read_text() + json.dumps(log.state_dict())
     assert "CANARY" not in written and log.counts == {"missing_file": 1}
     assert json.loads(log.file.read_text())["path"] == 'a"b"?token=***'
     other = BadSampleLog(tmp_path / "bad_samples.jsonl", 1.0)
     other.load_state_dict(log.state_dict())
-    other.meet((bad,), 1)
+    other.take_in((bad,), 1)
     other.collect(Alone())
     assert other.counts == {"missing_file": 1}
 

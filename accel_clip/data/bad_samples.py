@@ -92,7 +92,7 @@ class BadSampleLog:
         self.knows_the_root = False
         self.counts: Counter[str] = Counter()
 
-    def meet(self, samples: tuple[BadSample, ...], num_seen: int) -> None:
+    def take_in(self, samples: tuple[BadSample, ...], num_seen: int) -> None:
         """Take note of a batch's unusable samples and of the pairs that all processes saw in it."""
         self.num_seen += num_seen
         self.pending.extend(samples)

@@ -63,18 +63,18 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self.meet)
+                    self.previous[number] = signal.signal(number, self.handle)
             threading.Thread(target=self.insist, name="stop", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.over.set()
         for number, previous in self.previous.items():
-            if signal.getsignal(number) == self.meet:
+            if signal.getsignal(number) == self.handle:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self.previous.clear()
 
-    def meet(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; a process forked from this one inherits the handler, and dies of SIGTERM as usual."""
         now = time.monotonic()
         if os.getpid() != self.process:

@@ -42,9 +42,9 @@ class Logbook:
         self.is_best = False
         self.run_id = uuid4().hex[:21]  # SwanLab takes no longer one
 
-    def meet(self, batch: Batch) -> None:
+    def take_in(self, batch: Batch) -> None:
         """Take in what a contrastive batch says beside its pairs."""
-        self.bad_samples.meet(batch.bad_samples, self.config.train.batch_size)
+        self.bad_samples.take_in(batch.bad_samples, self.config.train.batch_size)
         self.report.add(CUT_CAPTIONS, batch.num_cut_captions)
         for name, number in batch.num_pairs.items():
             self.report.add(f"{PAIRS_OF}{name}", number)

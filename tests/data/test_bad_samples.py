@@ -83,7 +83,7 @@ def test_every_kind_is_told_apart_replaced_and_listed(form, tmp_path, accelerato
     log = BadSampleLog(tmp_path / "bad_samples.jsonl", max_bad_fraction=1.0)
     usable = []
     for batch in batches_of(source, Order(64, batch_size, seed=1), 64 // batch_size, tokenizer):
-        log.meet(batch.bad_samples, batch_size)
+        log.take_in(batch.bad_samples, batch_size)
         log.collect(accelerator)
         usable += batch.sample.tolist()
         assert batch.image.shape == (batch_size, 3, SIZE, SIZE) and batch.image.dtype == torch.uint8
@@ -192,10 +192,10 @@ def listed(log: BadSampleLog) -> list[tuple[str, int]]:
 
 
 def test_a_sample_is_listed_once_by_source_even_within_one_step(log, accelerator):
-    log.meet((bad(1), bad(5, its_turn=False)), 8)
-    log.meet((bad(5), bad(1, source="b")), 8)
+    log.take_in((bad(1), bad(5, its_turn=False)), 8)
+    log.take_in((bad(5), bad(1, source="b")), 8)
     log.collect(accelerator)
-    log.meet((bad(1),), 8)
+    log.take_in((bad(1),), 8)
     log.collect(accelerator)
     assert listed(log) == [("a", 1), ("a", 5), ("b", 1)]
     assert dict(log.counts) == {"unreadable": 3} and (log.num_met, log.num_seen) == (4, 24)
@@ -205,7 +205,7 @@ def test_a_sample_is_listed_once_by_source_even_within_one_step(log, accelerator
 def test_the_ceiling_is_looked_at_after_1000_samples_and_at_an_epochs_end(
     num_seen, epoch_ended, stops, log, accelerator
 ):
-    log.meet(tuple(bad(sample) for sample in range(11)), num_seen)
+    log.take_in(tuple(bad(sample) for sample in range(11)), num_seen)
     log.collect(accelerator)
     if stops:
         with pytest.raises(DataError, match=rf"11 of {num_seen} .*unreadable 11.*max_bad_fraction = 0\.01.*jsonl"):
@@ -215,7 +215,7 @@ def test_the_ceiling_is_looked_at_after_1000_samples_and_at_an_epochs_end(
 
 
 def test_exactly_the_ceiling_is_allowed_and_said_at_the_epochs_end(log, accelerator, capsys):
-    log.meet((*(bad(sample) for sample in range(9)), bad(9, "too_large"), bad(3, its_turn=False)), 1000)
+    log.take_in((*(bad(sample) for sample in range(9)), bad(9, "too_large"), bad(3, its_turn=False)), 1000)
     log.collect(accelerator)
     log.check(False)
     assert not capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_exactly_the_ceiling_is_allowed_and_said_at_the_epochs_end(log, accelera
 @pytest.mark.parametrize("num_missing, stops", [(50, False), (51, True)])
 def test_more_than_half_of_the_first_100_missing_asks_for_the_root(num_missing, stops, log, accelerator):
     for first in range(0, 100, 10):
-        log.meet(tuple(bad(n, "missing_file") for n in range(first, min(first + 10, num_missing))), 10)
+        log.take_in(tuple(bad(n, "missing_file") for n in range(first, min(first + 10, num_missing))), 10)
         log.collect(accelerator)
         if first == 90 and stops:
             with pytest.raises(DataError, match=r"51 of the first 100 .*is data\.image_root right"):
@@ -237,27 +237,27 @@ def test_more_than_half_of_the_first_100_missing_asks_for_the_root(num_missing, 
 
 def test_the_root_is_asked_for_at_the_start_only(log, accelerator):
     log.max_bad_fraction = 1.0
-    log.meet((), 100)
+    log.take_in((), 100)
     log.check(False)
-    log.meet(tuple(bad(n, "missing_file") for n in range(200)), 200)
+    log.take_in(tuple(bad(n, "missing_file") for n in range(200)), 200)
     log.collect(accelerator)
     log.check(True)
 
 
 def test_a_log_that_goes_on_from_its_state_is_as_if_it_had_never_stopped(log, accelerator):
     log.max_bad_fraction = 1.0
-    log.meet((bad(1), bad(2, "missing_file")), 50)
+    log.take_in((bad(1), bad(2, "missing_file")), 50)
     log.collect(accelerator)
     log.check(True)
     state, size = json.loads(json.dumps(log.state_dict())), log.file.stat().st_size
     later = (bad(2, "missing_file"), bad(3, "too_large"))
-    log.meet(later, 950)
+    log.take_in(later, 950)
     log.collect(accelerator)
     other = BadSampleLog(log.file, 1.0)
     other.load_state_dict(state)
     os.truncate(log.file, size)  # as the run folder does
     assert listed(other) == [("a", 1), ("a", 2)]
-    other.meet(later, 950)
+    other.take_in(later, 950)
     other.collect(accelerator)
     assert other.state_dict() == log.state_dict()
     assert listed(other) == [("a", 1), ("a", 2), ("a", 3)]
