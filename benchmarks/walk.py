@@ -123,10 +123,11 @@ class Run:
         return self.told_code() if self.num_processes > 1 and code != 0 else code
 
     def told_code(self) -> int | None:
-        """Return the exit code that the last start told: refused before it began, or else in `STATUS.json`."""
+        """Return the exit code that the last start told: of the process that ended first, or else in `STATUS.json`."""
         said = self.said().read_text(errors="replace")
         if "accel-clip: error: " in said and "training on" not in said:
-            return 2
+            first = re.search(r"Root Cause.*?exitcode +: (\d+)", said, re.DOTALL)
+            return 2 if first is None else int(first[1])
         return self.status().get("exit_code")
 
     def status(self) -> dict[str, object]:

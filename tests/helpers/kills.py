@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from helpers.patience import HANG_SECONDS
@@ -74,7 +75,8 @@ def killed_at(number: int, folder: Path, action: Callable[[], object], opened: b
         number -= 1
         if number < 0:
             if opened and flags:
-                os.open(path, flags)
+                with suppress(OSError):  # of a file that is looked for in vain
+                    os.open(path, flags)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def child() -> None:
