@@ -212,6 +212,8 @@ def matters(new: object) -> bool:
 
 
 def is_of_a_test(module: str) -> bool:
-    """Return whether a module was loaded from a test's folder."""
+    """Return whether a module was loaded from a test's folder; the project itself may lie among these."""
     file = getattr(sys.modules[module], "__file__", None)
-    return isinstance(file, str) and file.startswith(tempfile.gettempdir())
+    if not isinstance(file, str) or not file.startswith(tempfile.gettempdir()):
+        return False
+    return not file.startswith((sys.prefix, str(Path(__file__).parents[2])))
