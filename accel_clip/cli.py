@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from accel_clip import console
 from accel_clip.faults import INTERRUPTED_EXIT_CODE, AccelClipError, ConfigError, nearest, recognised
-from accel_clip.process.signals import Interruptible, following_launcher, leave_if_waited_for
+from accel_clip.process.signals import Interruptible, following_launcher, leave_if_waited_for, wait_for_the_first
 from accel_clip.process.terminal import lasting_output
 from accel_clip.redaction import masked, printable
 from accel_clip.typed import Range, shown_value
@@ -52,7 +52,9 @@ def exit_code_after(command: Callable[[], None]) -> int:
             with Interruptible(), following_launcher(), recognised():
                 command()
         except AccelClipError as error:
-            console.error(str(error), from_every_process=not error.on_every_process)
+            if error.on_every_process and not console.is_first_process():
+                wait_for_the_first()
+            console.error(str(error))
             return error.exit_code
         except KeyboardInterrupt:
             console.say("interrupted")

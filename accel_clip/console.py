@@ -49,10 +49,9 @@ def result(text: str) -> None:
             raise SystemExit(UNREAD_EXIT_CODE)
 
 
-def error(message: str, from_every_process: bool = False) -> None:
-    """Write one line that says why the command ends; errors that only one process knows come from that process."""
-    if from_every_process or is_first_process():
-        write_line(f"accel-clip: error: {message}")
+def error(message: str) -> None:
+    """Write one line that says why the command ends, from whichever process this is."""
+    write_line(f"accel-clip: error: {message}")
 
 
 def progress_bar(

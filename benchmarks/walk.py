@@ -125,10 +125,14 @@ class Run:
     def told_code(self) -> int | None:
         """Return the exit code that the last start told: of the process that ended first, or else in `STATUS.json`."""
         said = self.said().read_text(errors="replace")
-        if "accel-clip: error: " in said and "training on" not in said:
-            first = re.search(r"Root Cause.*?exitcode +: (\d+)", said, re.DOTALL)
-            return 2 if first is None else int(first[1])
-        return self.status().get("exit_code")
+        if "training on" in said:
+            return self.status().get("exit_code")
+        first = re.search(r"Root Cause.*?exitcode +: (\d+)", said, re.DOTALL)
+        if first is not None:
+            return int(first[1])
+        return (
+            2 if "accel-clip: error: " in said and "[Errno 27]" not in said else None
+        )  # a full disk cuts what is said
 
     def status(self) -> dict[str, object]:
         """Return `STATUS.json`, empty before the first start."""

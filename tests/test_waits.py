@@ -94,6 +94,7 @@ KNOWN = {
     ): "before the first step, where a stop that is not heard interrupts",
     ("trainer.py", "end_training"): MEETS,
     ("process/waiting.py", "gather"): MEETS,
+    ("process/signals.py", "sleep"): SHORT,
     ("process/watchdog.py", "sleep"): SHORT,
 }
 

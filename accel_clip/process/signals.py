@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -22,7 +22,9 @@ STOP_SIGNALS = tuple(
 SECONDS_BEFORE_INSISTING = 1.0  # a group gets one Ctrl-C from the terminal and another from its launcher
 SECONDS_TO_HEAR = 10.0  # schedulers kill what has not ended half a minute after their SIGTERM
 SECONDS_BETWEEN_LOOKS = 0.5
-LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # set by torchrun; by accelerate launch, always
+SECONDS_TO_SAY = 10.0
+RUN_OF_SEVERAL = "TORCHELASTIC_RUN_ID"
+LAUNCHED_BY = (RUN_OF_SEVERAL, "ACCELERATE_DYNAMO_BACKEND")  # set by torchrun; by accelerate launch, always
 
 
 class StopAsked(KeyboardInterrupt):
@@ -142,6 +144,17 @@ def leave_if_waited_for(exit_code: int, known: Collection[threading.Thread]) -> 
     """End this process where Python would wait for threads that a library began, such as those of a download."""
     if any(not thread.daemon and thread not in known for thread in threading.enumerate()):
         leave(exit_code)
+
+
+def wait_for_the_first() -> None:
+    """Let the first process, which speaks for all, say why they end, before this one does.
+
+    A launcher ends all of them with the first that ends: a quicker one would take the word from it. Where the first has
+    nothing to say, as it lacks no file that is missing here, this process is still here afterwards, and says it itself.
+    """
+    if RUN_OF_SEVERAL in os.environ:
+        with suppress(KeyboardInterrupt):
+            time.sleep(SECONDS_TO_SAY)
 
 
 def wake_main_thread() -> None:

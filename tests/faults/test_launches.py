@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from accel_clip.checkpoint.manifest import verify
-from helpers.commands import CPU_2, ROOT, without_torch
+from helpers.commands import CPU_2, ROOT, launch, without_torch
 from helpers.comparison import ADDITIONS_OF_A_STEP, rounding
 from helpers.launches import (
     ALONE,
@@ -283,3 +283,34 @@ def test_a_killed_data_worker_ends_the_run_with_what_to_do(shared: FolderOfLaunc
     assert verify(newest(run)).step >= 2 and math.isfinite(losses_by_step(run)[3])
     assert shared.finish(ALONE, "worker", "--data.workers", "2").code == 0
     assert_same_end(run, shared.path / "whole-1")
+
+
+UNEVEN = """
+import os
+import time
+
+from accel_clip.faults import ConfigError
+
+time.sleep(float(os.environ["SECONDS_OF_RANK_" + os.environ["RANK"]]))
+if os.environ["RANK"] == os.environ.get("RANK_THAT_LACKS"):
+    raise ConfigError("plugins: it lacks something here")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_why_two_processes_do_not_start_is_said_once_whoever_finds_it_first(tmp_path: Path, slow_rank: int) -> None:
+    """The launcher ends both with the first that ends, and only one of them may speak."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    seconds = {f"SECONDS_OF_RANK_{rank}": "3" if rank == slow_rank else "0" for rank in (0, 1)}
+    words = ("--plugins", "uneven.py", "--data.train", "none.csv", "--output_dir", "run")
+    refused = launch(*words, folder=tmp_path, launcher=CPU_2, **seconds)
+    assert refused.code != 0 and refused.err.count("accel-clip: error: data.train: ") == 1, refused.err
+
+
+@pytest.mark.slow
+def test_what_one_process_alone_lacks_is_said_by_it(tmp_path: Path) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    environment = {"SECONDS_OF_RANK_0": "0", "SECONDS_OF_RANK_1": "0", "RANK_THAT_LACKS": "1"}
+    refused = launch("--plugins", "uneven.py", "--output_dir", "run", folder=tmp_path, launcher=CPU_2, **environment)
+    assert refused.code != 0 and refused.err.count("it lacks something here") == 1, refused.err
