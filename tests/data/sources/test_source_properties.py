@@ -181,10 +181,14 @@ def outcomes(source: Source) -> list[Outcome]:
 
 
 def write_folder(folder: Path, files: Iterable[File]) -> None:
-    """Write files; of what has the name of another, or of a folder, the first stays."""
+    """Write files; of what has the name of another, or of a folder (. and .. too), the first stays."""
     for file in files:
         path = folder / file.path
-        if not any(each.is_file() for each in path.parents) and not path.exists():
+        if (
+            file.path.rpartition("/")[2] not in ("", ".", "..")
+            and not any(each.is_file() for each in path.parents)
+            and not path.exists()
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.content)
 
