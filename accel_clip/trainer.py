@@ -22,7 +22,6 @@ from accel_clip.run.agreement import Agreement, Request, agree
 from accel_clip.run.caches import Caches, frozen_tower, open_caches
 from accel_clip.run.evaluations import Evaluations
 from accel_clip.run.folder import RunFolder
-from accel_clip.run.hooks import Hooks
 from accel_clip.run.logbook import Logbook
 from accel_clip.run.non_finite import NonFinitePolicy, RolledBack
 from accel_clip.run.parts import build_run
@@ -55,7 +54,7 @@ class Trainer:
         self.feed, self.timetable = parts.data.feed, parts.data.timetable
         self.state, self.must_save, self.must_stop = RunState(), False, False
         self.logbook = Logbook(self.config, self.accelerator, folder, parts.num_workers)
-        self.hooks = Hooks(self.config, parts.model, self.accelerator)
+        self.hooks = parts.hooks
         self.saver = build_saver(parts, folder)
         self.checkpoint = self.saver.find()
         self.saver.check_space()

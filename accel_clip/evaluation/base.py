@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from accel_clip.evaluation.encoders import Encoders
 from accel_clip.faults import ConfigError
-from accel_clip.models.reading import only_read
+from accel_clip.models.reading import only_read, with_own_descriptions
 from accel_clip.models.towers import evaluation_mode
 from accel_clip.plugins import own_code
 from accel_clip.randomness import derive_seed, guarded
@@ -62,9 +62,10 @@ class BoundEvaluator:
         have changed.
         """
         clip, seed = encoders.model.clip, derive_seed("evaluator", self.name)
+        encoders = replace(encoders, asked_by=self.name, model=with_own_descriptions(encoders.model))
         with only_read(clip, self.title), evaluation_mode(clip), guarded(seed, encoders.accelerator.device):
             with own_code(self.title, self.evaluator), torch.no_grad():
-                found = self.evaluator.evaluate(replace(encoders, asked_by=self.name))
+                found = self.evaluator.evaluate(encoders)
             [found] = broadcast_object_list([found])  # processes that differ in a bit would not stop together
         self.require_as_said(found)
         return {name: number(self.title, name, value) for name, value in found.items()}
@@ -87,7 +88,7 @@ def number(title: str, name: str, value: Any) -> float:
     try:
         if not isinstance(value, (str, bytes, bool)):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         pass
     raise ConfigError(f"{title}: {name} is {type(value).__name__}: evaluate must return one number a name")
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 
 from torch import nn
 
 from accel_clip.faults import ConfigError
+from accel_clip.models.build import ClipModel
+
+
+def with_own_descriptions(model: ClipModel) -> ClipModel:
+    """Return a model of the same weights whose descriptions may be written into: no export is made of them."""
+    described = ("model_config", "preprocess_config", "towers")
+    return replace(model, **{name: deepcopy(getattr(model, name)) for name in described})
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from accel_clip.checkpoint.run_state import RunState
 from accel_clip.config import Config
 from accel_clip.faults import ConfigError, nearest, one_line
 from accel_clip.models.build import ClipModel
-from accel_clip.models.reading import only_read
+from accel_clip.models.reading import only_read, with_own_descriptions
 from accel_clip.plugins import own_code
 from accel_clip.randomness import derive_seed, guarded
 from accel_clip.registry import Registry, check_options, name_of, options_of
@@ -68,9 +68,10 @@ class Hooks:
 
     def __init__(self, config: Config, model: ClipModel, accelerator: Accelerator) -> None:
         self.seed, self.model, self.accelerator = config.seed, model, accelerator
-        self.shown_config = deepcopy(config)  # what a hook does to it, it does to no run
-        self.hooks = {name_of(item, SETTING): build_hook(item) for item in config.hooks}
+        # what a hook does to these, it does to no run
+        self.shown_config, self.shown_model = deepcopy(config), with_own_descriptions(model)
         require_once([name_of(item, SETTING) for item in config.hooks])
+        self.hooks = {name_of(item, SETTING): build_hook(item) for item in config.hooks}
         self.at_start = self.states()
 
     def after_step(self, state: RunState, epoch: float, terms: Mapping[str, float]) -> None:
@@ -84,7 +85,7 @@ class Hooks:
     def call(self, moment: str, state: RunState, epoch: float, terms: Mapping[str, float]) -> None:
         """Call every hook that has a method for a moment."""
         for name, hook in self.hooks.items():
-            if not hasattr(hook, moment):
+            if moment not in methods_of(hook):
                 continue
             title = f"{SETTING}: '{name}' {moment} at step {state.step}"
             seed = derive_seed(self.seed, "hook", name, moment, state.step)
@@ -101,14 +102,14 @@ class Hooks:
             terms=MappingProxyType(dict(terms)),
             metrics=MappingProxyType(dict(state.metrics)),
             config=self.shown_config,
-            model=self.model,
+            model=self.shown_model,
             generator=generator,
             is_first_process=self.accelerator.is_main_process,
         )
 
     def states(self) -> dict[str, Any]:
         """Return what each hook keeps that keeps something, as plain JSON, by its name."""
-        return {name: kept_by(name, hook) for name, hook in self.hooks.items() if hasattr(hook, "state_dict")}
+        return {name: kept_by(name, hook) for name, hook in self.hooks.items() if "state_dict" in methods_of(hook)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the hooks; nothing in a run without any."""
@@ -161,9 +162,9 @@ def build_hook(item: str | Mapping[str, Any]) -> Any:
 
 def require_hook(name: str, hook: object) -> None:
     """Raise `ConfigError` for what has no method for a moment, one for another moment, or half a state."""
-    methods = [method for method in dir(hook) if callable(getattr(hook, method))]
+    methods = methods_of(hook)
     for method in methods:
-        if LIKE_A_MOMENT.match(method) and method not in MOMENTS:
+        if method not in (*MOMENTS, *STATE_METHODS):
             hint = nearest(method, MOMENTS) or ";"
             raise ConfigError(
                 f"{SETTING}: '{name}' has {method}, which is never called{hint} known: {', '.join(MOMENTS)}"
@@ -172,6 +173,13 @@ def require_hook(name: str, hook: object) -> None:
         raise ConfigError(f"{SETTING}: '{name}' has neither {' nor '.join(MOMENTS)}: it would never be called")
     if len(set(STATE_METHODS) & set(methods)) == 1:
         raise ConfigError(f"{SETTING}: '{name}' has one of {' and '.join(STATE_METHODS)}: a state needs both")
+
+
+def methods_of(hook: object) -> list[str]:
+    """Return the methods of a hook that are called, or look as if they were; its properties may have no value yet."""
+    asked = [name for name in dir(hook) if name in STATE_METHODS or LIKE_A_MOMENT.match(name)]
+    methods = [name for name in asked if not isinstance(inspect.getattr_static(hook, name), property)]
+    return [name for name in methods if callable(getattr(hook, name))]
 
 
 def require_once(names: Collection[str]) -> None:

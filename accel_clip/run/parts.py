@@ -26,6 +26,7 @@ from accel_clip.optim.schedules import Schedule, build_schedule
 from accel_clip.process.accelerator import build_accelerator, choose_workers
 from accel_clip.randomness import derive_seed
 from accel_clip.run.health import rate_warning
+from accel_clip.run.hooks import Hooks
 from accel_clip.run.preconditions import Start
 from accel_clip.run.problems import Attempts
 from accel_clip.run.rebuilding import build_for_run
@@ -99,6 +100,8 @@ class RunParts:
     """model, loss and optimizer as a step uses them"""
     evaluator: Evaluator
     """what measures the model"""
+    hooks: Hooks
+    """the user's own code that looks at the run"""
     num_workers: int
     """processes that load for each process that trains"""
 
@@ -143,9 +146,10 @@ def build_parts(
     evaluator = attempt(partial(build_evaluator, config, accelerator, model, loss, *sources, num_workers))
     if evaluator is not None:
         attempt(partial(check_watched, config, evaluator))
-    if attempts or assembly is None or evaluator is None:
+    hooks = attempt(partial(Hooks, config, model, accelerator))
+    if attempts or assembly is None or evaluator is None or hooks is None:
         return None
-    parts = (loss, accelerator, data, model, built.lacks_weights, assembly, evaluator)
+    parts = (loss, accelerator, data, model, built.lacks_weights, assembly, evaluator, hooks)
     return RunParts(config, number, *parts, num_workers)
 
 

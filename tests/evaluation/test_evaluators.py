@@ -233,6 +233,7 @@ MEASURED = {
     "not announced": ("{'mine/two': 1}", "'mine': mine/one did not come; mine/two came unannounced"),
     "nothing": ("None", "'mine': evaluate returned NoneType"),
     "no number": ("{'mine/one': '3'}", "'mine': mine/one is str: evaluate must return one number a name"),
+    "no float": ("{'mine/one': 10**400}", "'mine': mine/one is int: evaluate must return one number a name"),
     "many numbers": ("{'mine/one': torch.ones(2)}", "'mine': mine/one is Tensor"),
     "writes": ("{'mine/one': encoders.model.clip.logit_scale.add_(1)}", "'mine': it has changed logit_scale"),
 }
@@ -245,6 +246,17 @@ def test_what_goes_wrong_while_measuring_names_the_evaluator(case: str, table: P
     evaluator, _ = evaluator_for(table, [{"mine": {"answer": answer}}])
     with pytest.raises(ConfigError, match=message):
         evaluator.run()
+
+
+def test_what_describes_the_model_is_a_copy(table: Path, mine: Path) -> None:
+    """An evaluator that empties it changes no later evaluation, and no export."""
+    load_plugins([str(mine)])
+    model = "encoders.model"
+    emptied = f"[each.clear() for each in ({model}.model_config, {model}.preprocess_config, {model}.towers)]"
+    evaluator, built = evaluator_for(table, [{"mine": {"answer": f"{{'mine/one': len({emptied})}}"}}])
+    before = built.model_config.copy(), built.preprocess_config.copy(), built.towers.copy()
+    assert evaluator.run() == evaluator.run()
+    assert (built.model_config, built.preprocess_config, built.towers) == before and before[0] and before[1]
 
 
 def test_numbers_of_any_kind_are_taken(table: Path, mine: Path) -> None:

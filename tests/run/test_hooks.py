@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,35 @@ def test_a_class_of_another_form_is_refused(shape: Callable[..., Any], message: 
     assert not Path(config.output_dir).exists()
 
 
+def with_members(**members: Any) -> type:
+    """Return the class of a hook that has these members beside the method of a moment."""
+    return type("Made", (), {"after_step": lambda self, run: None, **members})
+
+
+def fails(*given: Any) -> Any:
+    raise ZeroDivisionError("no step yet")
+
+
+def test_properties_without_a_value_and_methods_that_are_switched_off_are_no_mistakes(table: Path) -> None:
+    made = with_members(mean=property(fails), on_average=property(fails), after_evaluation=None)
+    HOOKS.register("odd", description="It is odd.")(made)
+    train(config_for(table, "run", ["odd"]))
+
+
+def test_what_describes_the_model_is_a_copy(table: Path) -> None:
+    """A hook that empties it changes no evaluation, no checkpoint and no export."""
+    described = "(run.model.model_config, run.model.preprocess_config, run.model.towers)"
+    config = config_for(table, "run", mine(table, "seen.json", code=f"[each.clear() for each in {described}]"))
+    plain = config_for(table, "plain", [])
+    for each in (config, plain):
+        train(each)
+    for file in ("export/open_clip_config.json", "export/open_clip_model.safetensors"):
+        assert (Path(config.output_dir) / file).read_bytes() == (Path(plain.output_dir) / file).read_bytes()
+    last = f"checkpoints/step-{NUM_STEPS:08d}/state.json"
+    states = [json.loads((Path(each.output_dir) / last).read_text()) for each in (config, plain)]
+    assert states[0]["model"] == states[1]["model"] and states[0]["run"] == states[1]["run"]
+
+
 CALLED = {
     "raises": ("[][run.step]", "'mine' after_evaluation at step 0: .*mine.py: line .*IndexError"),
     "writes": ("run.model.clip.logit_scale.add_(1)", "'mine' after_evaluation at step 0: it has changed logit_scale"),
@@ -300,10 +330,17 @@ def test_what_goes_wrong_in_a_hook_names_it_the_moment_and_the_step(case: str, t
     assert status["state"] == "failed" and "hooks: 'mine'" in status["error"]
 
 
-def test_a_check_refuses_what_a_run_would(table: Path) -> None:
-    save_config(config_for(table, "run", [{"mine": {"fil": "a"}}]), table.parent / "settings.yaml")
-    checked = accel_clip("check", "--config", "settings.yaml", folder=table.parent)
-    assert checked.code == 2 and "has no option 'fil'" in checked.out + checked.err
+CHECKED: dict[str, tuple[list[Any], str]] = {name: BUILT[name] for name in ("option", "raises", "twice", "state")}
+
+
+@pytest.mark.parametrize(
+    "case", [each if each in ("option", "twice") else pytest.param(each, marks=pytest.mark.slow) for each in CHECKED]
+)
+def test_a_check_refuses_what_a_run_would(case: str, table: Path) -> None:
+    hooks, message = CHECKED[case]
+    save_config(config_for(table, "run", hooks), table.parent / "settings.yaml")
+    checked = accel_clip("check", "--config", "settings.yaml", "--seconds", "0", folder=table.parent)
+    assert checked.code == 2 and re.search(message, checked.out + checked.err), checked.out + checked.err
 
 
 @pytest.mark.slow
@@ -318,3 +355,43 @@ def test_every_process_calls_a_hook_and_the_first_keeps_its_state(table: Path) -
     assert counts == ["9", "9"]  # six steps, evaluations at 0, 4 and 6
     state = json.loads((table.parent / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert len(state["hooks"]["mine"]) == 9
+
+
+RANKS = """
+import json, os
+from accel_clip import HOOKS
+
+RANK = os.environ["RANK"]
+
+
+@HOOKS.register("ranks")
+class Ranks:
+    def __init__(self):
+        self.ranks = [RANK]
+
+    def after_step(self, run):
+        with open(f"seen-{RANK}.jsonl", "a") as file:
+            file.write(json.dumps([run.step, run.terms["loss"], run.is_first_process, self.ranks]) + "\\n")
+
+    def state_dict(self):
+        return {"ranks": self.ranks}
+
+    def load_state_dict(self, state):
+        self.ranks = [*state["ranks"], "then", RANK]
+"""
+
+
+@pytest.mark.slow
+def test_every_process_goes_on_with_the_state_of_the_first(table: Path) -> None:
+    (table.parent / "ranks.py").write_text(RANKS)
+    config = config_for(table, "run", ["ranks"], plugins=[str(table.parent / "ranks.py")])
+    for steps in (2, 3):
+        save_config(replace(config, train=replace(config.train, steps=steps)), table.parent / "settings.yaml")
+        done = launch("--config", "settings.yaml", folder=table.parent, launcher=CPU_2)
+        assert done.code == 0, done.err
+    first, second = (
+        [json.loads(line) for line in (table.parent / f"seen-{rank}.jsonl").read_text().splitlines()] for rank in "01"
+    )
+    assert [each[:2] for each in first] == [each[:2] for each in second] and [each[0] for each in first] == [1, 2, 3]
+    assert [each[2:] for each in first] == [[True, ["0"]]] * 2 + [[True, ["0", "then", "0"]]]
+    assert [each[2:] for each in second] == [[False, ["1"]]] * 2 + [[False, ["0", "then", "1"]]]
