@@ -35,6 +35,7 @@ from accel_clip.models.data_parallel import data_parallel
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel, clamp_logit_scale
 from accel_clip.optim.optimizers import build_optimizer
+from accel_clip.process.accelerator import forget_previous_accelerator
 from accel_clip.step.contrastive import ContrastiveStep
 from accel_clip.step.plan import ModelTrial, choose_plan
 
@@ -59,7 +60,7 @@ class Scenario:
     batch_size: pairs of one process; micro_batch_size: what goes through a tower at once, and open_clip's batch, of
     which `--accum-freq` make one step; activation_gib: what our graphs may hold, None for what the machine has, 0 to
     run every chunk twice; saves_tokens: captions are trimmed and equal ones encoded once; knows_features: those of our
-    locked image tower come from a cache.
+    locked image tower come from a cache; name: a model of open_clip's in the place of `towers`.
     """
 
     label: str
@@ -71,6 +72,14 @@ class Scenario:
     locks_image: bool = False
     knows_features: bool = False
     loss: str = "clip"
+    device: str = "cpu"
+    precision: str = "no"
+    name: str | None = None
+
+    @property
+    def open_clip_precision(self) -> str:
+        """Return the precision by open_clip's names."""
+        return {"no": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[self.precision]
 
 
 SCENARIOS = {
@@ -97,7 +106,8 @@ class Ours:
         if scenario.locks_image:
             freeze(model.clip, "image")
         self.clip = model.clip
-        self.accelerator = Accelerator(cpu=True)
+        forget_previous_accelerator()
+        self.accelerator = Accelerator(cpu=scenario.device == "cpu", mixed_precision=scenario.precision)
         anatomy = examine(model.clip, model.tokenizer)
         if not scenario.saves_tokens:
             anatomy = replace(anatomy, trims=False, deduplicates=False)
@@ -146,7 +156,7 @@ class OpenClip:
     """`train_one_epoch` of the released open_clip_train, on an epoch of one step."""
 
     def __init__(self, model: ClipModel, scenario: Scenario, rank: int = 0, num_processes: int = 1) -> None:
-        self.clip, self.preprocess = model.clip, model.preprocess_config
+        self.clip, self.preprocess = model.clip.to(scenario.device), model.preprocess_config
         self.micro_batch_size = scenario.micro_batch_size
         if scenario.locks_image:
             self.clip.lock_image_tower()
@@ -157,8 +167,10 @@ class OpenClip:
 
     def on(self, batch: Batch) -> Callable[[], float]:
         """Return what takes one optimizer step on a batch and returns the loss."""
-        pictures = normalised(batch.image, self.preprocess).split(self.micro_batch_size)
-        epoch = Epoch(zip(pictures, batch.tokens.split(self.micro_batch_size), strict=True))
+        pictures, tokens = normalised(batch.image, self.preprocess), batch.tokens
+        if self.settings.device != "cpu":
+            pictures, tokens = pictures.pin_memory(), tokens.pin_memory()
+        epoch = Epoch(zip(*(each.split(self.micro_batch_size) for each in (pictures, tokens)), strict=True))
         settings = Namespace(**{**vars(self.settings), "accum_freq": len(epoch)})
 
         def step() -> float:
@@ -196,8 +208,8 @@ def open_clip_settings(scenario: Scenario, rank: int, num_processes: int) -> Nam
     """Return open_clip's arguments; between processes the loss is the one that it advises for large batches."""
     return Namespace(
         model="",
-        device="cpu",
-        precision="fp32",
+        device=scenario.device,
+        precision=scenario.open_clip_precision,
         batch_size=scenario.micro_batch_size,
         grad_clip_norm=LARGEST_NORM,
         siglip=scenario.loss == "siglip",
@@ -224,6 +236,8 @@ def both_sides(scenario: Scenario, rank: int = 0, num_processes: int = 1) -> tup
 def new_model(scenario: Scenario) -> ClipModel:
     """Return a scenario's model, with the same weights every time."""
     torch.manual_seed(0)
+    if scenario.name is not None:
+        return build_model(ModelConfig(scenario.name), needs_logit_bias=scenario.loss == "siglip")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"towers_{scenario.towers['vision_cfg']['width']}.json"
         file.write_text(json.dumps(scenario.towers), encoding="utf-8")
@@ -238,7 +252,7 @@ def make_optimizer(clip: torch.nn.Module) -> torch.optim.Optimizer:
 def make_batch(model: ClipModel, num_pairs: int, table: Path | None, seed: int = 0) -> Batch:
     """Return noise as pictures with captions of a table, or made-up ones."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (num_pairs, 3, *model.picture_size), generator=generator).to(torch.uint8)
+    image = torch.randint(0, 256, (num_pairs, 3, *model.picture_size), generator=generator, dtype=torch.uint8)
     draw = random.Random(seed)
     captions = made_up_captions(num_pairs, draw) if table is None else captions_of(table, num_pairs, draw)
     numbers = torch.arange(num_pairs)
