@@ -93,7 +93,7 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def recognised() -> Iterator[None]:
-    """Raise torch's error about a dead process as `PeerEnded` or `WorkerKilled`, wherever in the block it comes up."""
+    """Raise torch's error about a dead process or a full GPU as one of ours, wherever in the block it comes up."""
     try:
         yield
     except RuntimeError as error:
@@ -113,11 +113,12 @@ WORKER_IS_GONE = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) "
     r"(?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)"
 )
+OUT_OF_MEMORY = re.compile(r"(CUDA|MPS backend|XPU) out of memory")
 SHARED_MEMORY_IS_FULL = re.compile(r"unable to (allocate|resize|mmap|write to) .*(shared memory|/torch_)|Bus error")
 
 
 def recognise(error: RuntimeError) -> AccelClipError | None:
-    """Return what a user should read instead of torch's error about another process that died; None for all others.
+    """Return what a user should read instead of torch's error about a dead process or a full GPU; None for others.
 
     The texts are those of gloo, NCCL, torch's store and its `DataLoader`, which raises from a signal handler: anywhere.
     """
@@ -126,6 +127,11 @@ def recognise(error: RuntimeError) -> AccelClipError | None:
         return WorkerKilled(
             "a data worker ran out of shared memory (/dev/shm): enlarge it (docker run --shm-size=8g), lower "
             "data.workers or data.prefetch, or set data.workers to 0"
+        )
+    if OUT_OF_MEMORY.search(text):
+        return ConfigError(
+            "train.activation_gib: the GPU's memory is full: give graphs less (2 means 2 GiB), set a smaller "
+            "train.micro_batch_size, or end what else uses the GPU; the same command goes on from the last checkpoint"
         )
     worker = WORKER_IS_GONE.search(text)
     if worker is not None:

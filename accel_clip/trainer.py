@@ -209,6 +209,8 @@ class Trainer:
                 "logit_scale": self.learner.logit_scale,
                 "checkpoint_share": self.saver.share_of_time(),
             }
+            if (scaler := self.accelerator.scaler) is not None:
+                facts["loss_scale"] = scaler.get_scale()
             self.logbook.log(session.tracking, self.state, facts)
 
     def evaluate(self, session: Session) -> None:

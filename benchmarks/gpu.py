@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=[*CHECKS], default=[*CHECKS], help="checks to run")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on the CPU")
     parser.add_argument("--json", type=Path, help="file for the table")
-    parser.add_argument("--seconds", type=float, default=240, help="that a check may take")
+    parser.add_argument("--seconds", type=float, default=300, help="that a check may take")
     parser.add_argument("--at-once", type=int, default=5, help="checks beside each other that look at no clock")
     parser.add_argument("--run-one", choices=[*CHECKS], help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from accel_clip.config import LossConfig
 from accel_clip.faults import ConfigError
+from accel_clip.process.transfer import to_device
 from accel_clip.registry import Registry, check_options
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ class Loss:
         return [] if method is None else list(inspect.signature(method).parameters)
 
     def columns(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Return the columns of a batch that the loss may take by name, one row a pair."""
-        columns = {name: each.to(device) for name, each in batch.columns().items()}
+        """Return the columns of a batch that the loss takes by name, one row a pair."""
+        wanted = self.wanted()
+        columns = {
+            name: to_device(each, device) for name, each in batch.columns().items() if wanted is None or name in wanted
+        }
         own = getattr(self.function, "columns", None)
         return columns if own is None else {**columns, **own(batch, device)}
 

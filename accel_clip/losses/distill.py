@@ -23,6 +23,7 @@ from torch.nn import functional
 from accel_clip.config import ABOVE_ZERO, ModelConfig, require
 from accel_clip.faults import ConfigError, nearest
 from accel_clip.losses.base import LOSSES
+from accel_clip.process.transfer import to_device
 from accel_clip.typed import is_number
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ class DistillLoss:
             (each.image_features(batch.image, device), each.text_features(batch.tokens, device))
             for each in self.running
         ]
-        stored = [(batch.extra[image].to(device), batch.extra[text].to(device)) for image, text in self.stored]
+        stored = [
+            (to_device(batch.extra[image], device), to_device(batch.extra[text], device)) for image, text in self.stored
+        ]
         for (image, text), features in zip(self.stored, stored, strict=True):
             widths = [each.shape[1] for each in features]
             rule = f"'{image}' has {widths[0]} numbers and '{text}' {widths[1]}: name columns of one teacher"

@@ -106,9 +106,7 @@ def rows_surrogate(num_processes: int, rows: Tensor, outputs: dict[str, Tensor],
     No other process holds any of it, so it is multiplied by what the average divides by.
     """
     products = [
-        (outputs[name].to(slope.dtype) * slope[rows.to(slope.device)]).sum()
-        for name, slope in slopes.items()
-        if name in outputs
+        (outputs[name].to(slope.dtype) * slope[rows]).sum() for name, slope in slopes.items() if name in outputs
     ]
     return num_processes * torch.stack(products).sum()
 

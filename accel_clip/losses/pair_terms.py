@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accel_clip.data.batch import Batch
 from accel_clip.losses.base import Loss, total
+from accel_clip.process.transfer import to_device
 
 
 class PairTerms:
@@ -21,7 +22,7 @@ class PairTerms:
         self.loss, self.names = loss, loss.pair_outputs()
         self.values: dict[str, Tensor] = {}
         if self.names:
-            count = torch.as_tensor(loss.function.pair_count(batch), device=accelerator.device)
+            count = to_device(torch.as_tensor(loss.function.pair_count(batch)), accelerator.device)
             self.factor = accelerator.num_processes / accelerator.reduce(count, "sum").clamp_min(1)
 
     def surrogate(self, outputs: dict[str, Tensor]) -> Tensor:

@@ -315,7 +315,8 @@ def softmax_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-sum-exps of all rows and all columns, each [2, B] as in `sums_of`, and own pairs' logits [b]."""
     lowest = torch.finfo(side.rows.dtype).min
-    row, column = (side.rows.new_tensor([[lowest], [0]]).repeat(1, len(each)) for each in (side.rows, side.columns))
+    row, column = (side.rows.new_zeros(2, len(each)) for each in (side.rows, side.columns))
+    row[0], column[0] = lowest, lowest
     own_logits = side.rows.new_empty(len(side.rows))
     for tile in logits:
         row[:, tile.rows] = joined_sums(torch.stack([row[:, tile.rows], sums_of(tile, 1)]))

@@ -21,17 +21,22 @@ from accel_clip.models.towers import (
     trimmed,
     unique_captions,
 )
+from accel_clip.process.transfer import to_device
 from accel_clip.randomness import seeded
 
 Tokenizer = Callable[[list[str]], Tensor]
 SETTING = "loss.options.teachers"
-MOST_ROWS = 64  # that go through a tower at once: without a graph, more need memory and save no time
+MOST_ROWS = {"cpu": 64}  # that go through a tower at once: without a graph, more save no time there
+MOST_ROWS_ON_A_DEVICE = 512  # fewer are done before the next ones have been started
 PROBES = ("a", "A Photo, of 2 Birds!", "a photo of a bird on a branch", "一只青蛙", "été: №7")
 """Captions that tokenizers of different models cut differently, and that fit into a short context."""
 
 
 class Teacher:
-    """A frozen model with its own size, mean and standard deviation of pictures; features are unit-norm float32."""
+    """A frozen model with its own size, mean and standard deviation of pictures; features are unit-norm float32.
+
+    logit_scale: what it was trained to, after exp.
+    """
 
     def __init__(self, model: ClipModel, accelerator: Accelerator) -> None:
         self.model, self.autocast = model, accelerator.autocast
@@ -39,16 +44,13 @@ class Teacher:
         self.trims = can_trim(self.clip, model.tokenizer)
         self.end = end_token(self.clip)
         self.clip.to(accelerator.device)
+        self.most_rows = MOST_ROWS.get(accelerator.device.type, MOST_ROWS_ON_A_DEVICE)
+        self.logit_scale = float(self.clip.logit_scale.exp().item())
         self.size = model.picture_size
         self.mean, self.std = (
             torch.tensor(model.preprocess_config[key], device=accelerator.device).view(1, 3, 1, 1)
             for key in ("mean", "std")
         )
-
-    @property
-    def logit_scale(self) -> float:
-        """Return the logit scale (after exp) that the teacher was trained to."""
-        return self.clip.logit_scale.exp().item()
 
     def reads_tokens_of(self, tokenizer: Tokenizer) -> bool:
         """Return whether captions may come as another tokenizer's tokens: the teacher's own, or the first of them.
@@ -64,8 +66,8 @@ class Teacher:
     def image_features(self, image: Tensor, device: torch.device) -> Tensor:
         """Return features [b, D] on the device of pictures of any size, uint8 [b, 3, H, W]."""
         parts = []
-        for rows in image.split(MOST_ROWS):
-            pixels = self.pixels(rows.to(device, non_blocking=True))
+        for rows in image.split(self.most_rows):
+            pixels = self.pixels(to_device(rows, device))
             with self.autocast():
                 parts.append(encode_image(self.clip, pixels).float())
         return torch.cat(parts)
@@ -74,16 +76,16 @@ class Teacher:
     def text_features(self, tokens: Tensor, device: torch.device) -> Tensor:
         """Return features [b, D] on the device of captions, int [b, L] on the CPU; equal captions are encoded once."""
         captions, caption_of_pair = unique_captions(tokens)
-        chunks = list(torch.arange(len(captions)).split(MOST_ROWS))
+        chunks = list(torch.arange(len(captions)).split(self.most_rows))
         if self.trims:
-            chunks = text_chunks(captions, MOST_ROWS, self.end)
+            chunks = text_chunks(captions, self.most_rows, self.end)
         parts = []
         for rows in chunks:
             given = trimmed(captions[rows], self.end) if self.trims else captions[rows]
             with self.autocast():
-                parts.append(encode_text(self.clip, given.to(device)).float())
+                parts.append(encode_text(self.clip, to_device(given, device)).float())
         place = torch.cat(chunks).argsort()
-        return torch.cat(parts)[place[caption_of_pair].to(device)]
+        return torch.cat(parts)[to_device(place[caption_of_pair], device)]
 
     def pixels(self, image: Tensor) -> Tensor:
         """Return pictures at the teacher's size, with its mean and standard deviation, float32."""

@@ -40,11 +40,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     allow_tf32()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     forget_previous_accelerator()
-    precision = choose_precision(config.precision, os.environ)
+    on_cpu = must_train_on_cpu(os.environ, torch.accelerator.device_count())
+    precision = choose_precision(config.precision, os.environ, on_cpu)
     patience = timedelta(seconds=long_patience(config.timeout))  # not before the watchdog's
     try:
         accelerator = Accelerator(
-            cpu=world_size > 1 and torch.accelerator.device_count() < num_local_processes(),
+            cpu=on_cpu,
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
@@ -68,12 +69,22 @@ def process_as_found() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    precisions = matmul.fp32_precision, conv.fp32_precision
+    precisions, of_products = (matmul.fp32_precision, conv.fp32_precision), product_precision()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        if of_products is not None:
+            torch.set_float32_matmul_precision(of_products)
         matmul.fp32_precision, conv.fp32_precision = precisions
+
+
+def product_precision() -> str | None:
+    """Return torch's older setting of how float32 is multiplied, None where the newer ones were set without it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def stay_on_this_machine(environment: MutableMapping[str, str]) -> None:
@@ -139,27 +150,45 @@ def forget_previous_accelerator() -> None:
         GradientState._reset_state()
 
 
-def choose_precision(setting: str, environment: Mapping[str, str]) -> str:
-    """Return the mixed precision to ask Accelerate for.
+def must_train_on_cpu(environment: Mapping[str, str], num_devices: int) -> bool:
+    """Return whether the run trains on the CPU: it is told to, or has several processes where there is no GPU.
+
+    Raises `ConfigError` for more processes on this machine than it has GPUs.
+    """
+    number = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return True
+    if number > max(num_devices, 1) and num_devices:
+        raise ConfigError(
+            f"{number} processes and {num_devices} GPU(s) on this machine: launch one process a GPU, by "
+            f"--num_processes {num_devices} (times the number of machines) or num_processes in the launcher's file, or hide them by CUDA_VISIBLE_DEVICES="
+        )
+    return number > 1 and not num_devices
+
+
+def choose_precision(setting: str, environment: Mapping[str, str], on_cpu: bool = False) -> str:
+    """Return the mixed precision to ask Accelerate for. Raises `ConfigError` for fp16 on a CPU, which it would ignore.
 
     `accelerate launch` always writes its `no`, so that counts as unset. Emulated bf16 (T4, V100) does not count as
     bf16: it is slower than fp32.
     """
     launchers = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if on_cpu and "fp16" in (setting, launchers if setting == "auto" else ""):
+        raise ConfigError("train.precision: fp16 needs a GPU, and this run trains on the CPU: use no or bf16")
     if setting != "auto":
         if launchers not in ("no", setting):
             say(f"ACCELERATE_MIXED_PRECISION is {launchers}, and train.precision {setting} is what is done")
         return setting
     if launchers != "no":
         return launchers
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "no"
 
 
 def allow_tf32() -> None:
     """Let towers multiply float32 in TF32 where the hardware has it; losses switch it off around themselves."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("high")  # the newer flag alone makes readers of this one raise
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 

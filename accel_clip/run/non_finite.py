@@ -64,7 +64,7 @@ class NonFinitePolicy:
         """Put the run back to its last checkpoint, to go on with a later batch; what it has counted stays."""
         state = self.resumable.state
         before = replace(state)
-        self.learner.forget_gradients()
+        self.learner.abandon_step()
         saved_plan = self.resumable.roll_back()
         state.next_batch, state.num_non_finite = next_batch, before.num_non_finite
         state.num_pairs, state.num_cut_captions = before.num_pairs, before.num_cut_captions
@@ -84,7 +84,7 @@ def is_finite(means: Mapping[str, float], scaler: Any | None) -> bool:
 def gathered_samples(accelerator: Accelerator, batches: Sequence[Batch]) -> list[int]:
     """Return the samples of all processes in a step, by their index in the data; collective."""
     mine = torch.cat([batch.sample for batch in batches]).to(accelerator.device)
-    return [int(sample) for sample in accelerator.gather(mine)]
+    return accelerator.gather(mine).tolist()
 
 
 def describe_non_finite(step: int, means: Mapping[str, float], samples: Sequence[int]) -> str:

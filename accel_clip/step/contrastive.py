@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from accel_clip.data.batch import Batch
@@ -33,6 +32,7 @@ from accel_clip.losses.gradient import (
 from accel_clip.losses.pair_terms import PairTerms
 from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.data_parallel import DataParallel, Outputs
+from accel_clip.process.transfer import to_device
 from accel_clip.randomness import RandomState
 from accel_clip.step.chunks import Chunk, ChunkedBatch, Plan, cut_batch
 
@@ -55,10 +55,11 @@ class ContrastiveStep:
         batch: this process's pairs, on the CPU; every process brings the same number.
         """
         device, loss = self.accelerator.device, self.loss
-        chunked = cut_batch(batch, self.anatomy, self.plan)
+        chunked = cut_batch(batch, self.anatomy, self.plan).on(device)
+        known = {name: to_device(each, device) for name, each in batch.features.items()}
+        columns = loss.columns(batch, device)
         passed = FirstPass(self, chunked)
-        known = {name: each.to(device) for name, each in batch.features.items()}
-        outputs = {**loss.columns(batch, device), **passed.outputs(), **known}
+        outputs = {**columns, **passed.outputs(), **known}
         gradient = global_loss_gradient(self.accelerator, loss, outputs)
         pair_terms = PairTerms(self.accelerator, loss, batch)
         self.second_pass(passed, gradient, pair_terms)
@@ -66,7 +67,7 @@ class ContrastiveStep:
 
     def forward(self, chunk: Chunk) -> Outputs:
         """Return the model's outputs for a chunk."""
-        inputs = send_to_device(chunk.inputs, self.accelerator.device, non_blocking=True)
+        inputs = chunk.inputs_on(self.accelerator.device)
         wanted = self.wanted_with_graph if torch.is_grad_enabled() else self.wanted
         return self.parallel.forward(**inputs, wanted=wanted)
 
@@ -162,7 +163,7 @@ def last_of_each_side(order: list[int], chunks: list[Chunk]) -> list[int]:
 def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the rows of all parts where they belong."""
     values = torch.cat([value for _, value in parts])
-    places = torch.cat([rows for rows, _ in parts]).to(values.device)
+    places = torch.cat([rows for rows, _ in parts])
     return torch.empty_like(values).index_copy_(0, places, values)
 
 

@@ -87,6 +87,12 @@ class Learner:
             self.optimizer.step()  # which leaves a step that is not finite out itself
         self.end_step()
 
+    def abandon_step(self) -> None:
+        """Forget the gradient of a step that comes to no end; fp16's scaler forgets that it has unscaled it."""
+        if (scaler := self.accelerator.scaler) is not None:
+            scaler.update(scaler.get_scale())
+        self.forget_gradients()
+
     def end_step(self) -> None:
         """Forget the gradient, and keep the logit scale where it may be."""
         self.forget_gradients()

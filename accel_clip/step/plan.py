@@ -10,6 +10,7 @@ The result decides time and memory only: the gradient is the same for every plan
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -145,8 +146,14 @@ def fits(trial: ModelTrial, rows: int) -> bool:
     except torch.OutOfMemoryError:
         return False
     finally:
-        torch.get_device_module(device).empty_cache()
+        give_back_memory(device)
     return sum(graph_bytes(trial, rows).values()) <= free_for_graphs(trial)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return to a device what trials have left: a pass that ran out of memory is held by the error that it raised."""
+    gc.collect()
+    torch.get_device_module(device).empty_cache()
 
 
 def graphs_within(trial: ModelTrial, config: TrainConfig, rows: int, whole: int) -> dict[str, int]:
