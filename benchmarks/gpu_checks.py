@@ -258,8 +258,8 @@ def memory(on: Machine) -> Rows:
         return
     retries = torch.cuda.memory_stats()["num_alloc_retries"]
     peak = torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(0).total_memory
-    yield Seen(f"{number} pairs of ViT-B-32 in 12 GiB", "no retries, peak <= 0.98", f"{cut}, {retries} retries, {peak:.2f}",
-               retries == 0 and peak <= 0.98)  # fmt: skip
+    seen, holds = f"{cut}, {retries} retries, {peak:.2f}", retries == 0 and peak <= 0.98
+    yield Seen(f"{number} pairs of ViT-B-32 in 12 GiB", "no retries, peak <= 0.98", seen, holds)
     del blocker
 
 
@@ -281,7 +281,8 @@ def resume(on: Machine) -> Rows:
         ).read_bytes()
     off = max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs)
     cut = "cut in another way" in again.stdout + again.stderr
-    seen = f"{first.returncode}; {off:.1e}{', cut in another way' if cut else ''}; export {'same' if same else 'other'} bytes"
+    told = ", cut in another way" if cut else ""
+    seen = f"{first.returncode}; {off:.1e}{told}; export {'same' if same else 'other'} bytes"
     yield Seen("losses of a killed run, float32", "< 1e-6, cut as before", seen, off < 1e-6 and not cut)
 
 

@@ -89,9 +89,7 @@ class DistillLoss:
             (each.image_features(batch.image, device), each.text_features(batch.tokens, device))
             for each in self.running
         ]
-        stored = [
-            (to_device(batch.extra[image], device), to_device(batch.extra[text], device)) for image, text in self.stored
-        ]
+        stored = [tuple(to_device(batch.extra[name], device) for name in names) for names in self.stored]
         for (image, text), features in zip(self.stored, stored, strict=True):
             widths = [each.shape[1] for each in features]
             rule = f"'{image}' has {widths[0]} numbers and '{text}' {widths[1]}: name columns of one teacher"

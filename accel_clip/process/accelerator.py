@@ -160,8 +160,9 @@ def must_train_on_cpu(environment: Mapping[str, str], num_devices: int) -> bool:
         return True
     if number > max(num_devices, 1) and num_devices:
         raise ConfigError(
-            f"{number} processes and {num_devices} GPU(s) on this machine: launch one process a GPU, by "
-            f"--num_processes {num_devices} (times the number of machines) or num_processes in the launcher's file, or hide them by CUDA_VISIBLE_DEVICES="
+            f"{number} processes and {num_devices} GPU(s) on this machine: launch one process a GPU "
+            f"(--num_processes {num_devices}, times the number of machines), or hide them by CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU"
         )
     return number > 1 and not num_devices
 

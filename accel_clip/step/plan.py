@@ -203,7 +203,7 @@ def try_chunk(trial: ModelTrial, inputs: dict[str, Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph that holds it, where no backward pass comes
 
     with leaving_no_trace(trial), trial.parallel.alone():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
