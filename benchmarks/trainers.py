@@ -120,7 +120,7 @@ class Ours:
             micro_batch_size=scenario.micro_batch_size,
             activation_gib=scenario.activation_gib,
         )
-        plan = choose_plan(ModelTrial(parallel, model, anatomy), config)
+        plan = choose_plan(ModelTrial(parallel, model, anatomy, self.optimizer), config)
         loss = build_loss(LossConfig(scenario.loss))
         self.contrastive_step = ContrastiveStep(parallel, loss, anatomy, plan)
         self.knows_features = scenario.knows_features

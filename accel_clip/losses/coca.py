@@ -56,8 +56,10 @@ class CoCaLoss:
 
     def pair_terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the sum over all words of what each costs to write."""
-        costs = functional.cross_entropy(logits.mT, labels, ignore_index=self.pad_id, reduction="none")
-        return {"caption_loss": self.caption_weight * costs.sum()}
+        cost = functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id, reduction="sum"
+        )
+        return {"caption_loss": self.caption_weight * cost}
 
     def pair_count(self, batch: Batch) -> Tensor:
         """Return how many words the decoder has to write for this process's pairs; it is given the first token."""

@@ -10,6 +10,7 @@ from torch import nn
 from accel_clip.faults import ConfigError
 
 COMPILER_OPTIONS: dict[str, Any] = {"fallback_random": True}
+MOST_VARIANTS = 64  # of a block: image or text, training or not, with a gradient or without, fixed sizes or any
 ATTENTION_NAMES = ("attn", "attention")  # what open_clip, timm and transformers call it in a block
 
 
@@ -23,6 +24,7 @@ def compile_blocks(clip: nn.Module, device: torch.device) -> None:
     if not blocks:
         raise ConfigError("train.compile: the towers of this model have no attention blocks: leave it false")
     require_compiler(device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     for block in blocks:
         block.compile(options=COMPILER_OPTIONS)
 

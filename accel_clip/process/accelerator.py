@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
@@ -48,7 +48,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             cpu=on_cpu,
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=patience),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
+            ],
         )
     except ValueError as error:
         raise ConfigError(describe_refusal(error, precision)) from error
@@ -75,7 +78,7 @@ def process_as_found() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         if of_products is not None:
-            torch.set_float32_matmul_precision(of_products)
+            set_product_precision(of_products)
         matmul.fp32_precision, conv.fp32_precision = precisions
 
 
@@ -85,6 +88,14 @@ def product_precision() -> str | None:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
+
+
+def set_product_precision(word: str) -> None:
+    """Set how float32 is multiplied on a GPU by torch's older setting; that of the CPU stays as it is."""
+    of_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = of_cpu.fp32_precision
+    torch.set_float32_matmul_precision(word)
+    of_cpu.fp32_precision = before
 
 
 def stay_on_this_machine(environment: MutableMapping[str, str]) -> None:
@@ -189,7 +200,7 @@ def choose_precision(setting: str, environment: Mapping[str, str], on_cpu: bool 
 
 def allow_tf32() -> None:
     """Let towers multiply float32 in TF32 where the hardware has it; losses switch it off around themselves."""
-    torch.set_float32_matmul_precision("high")  # the newer flag alone makes readers of this one raise
+    set_product_precision("high")  # set by the newer flag, readers of the older one raise
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 

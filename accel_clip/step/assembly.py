@@ -55,4 +55,4 @@ def assemble(config: Config, accelerator: Accelerator, loss: Loss, model: ClipMo
     parallel, optimizer = data_parallel(accelerator, TrainingModel(model, anatomy.separate), optimizer)
     warn_of_dense_logits(loss, config.train.batch_size, model.model_config["embed_dim"])
     trained = [parameter for _, parameter in named if parameter.requires_grad]
-    return Assembly(anatomy, trained, parallel, optimizer, ModelTrial(parallel, model, anatomy))
+    return Assembly(anatomy, trained, parallel, optimizer, ModelTrial(parallel, model, anatomy, optimizer))

@@ -20,6 +20,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from accel_clip.config import GIB, TrainConfig
 from accel_clip.console import say
@@ -50,6 +51,8 @@ class ModelTrial:
     """its picture size and tokenizer, which made-up inputs are of"""
     anatomy: Anatomy
     """what may be done with its towers"""
+    optimizer: Any
+    """which holds moments already where the run goes on"""
 
     @property
     def accelerator(self) -> Accelerator:
@@ -235,7 +238,14 @@ def free_for_graphs(trial: ModelTrial) -> float:
     """Return the bytes of memory that graphs may take: a share of what gradients and optimizer state will leave."""
     device = trial.accelerator.device
     trained = sum(each.numel() for each in trial.wrapped.parameters() if each.requires_grad)
-    return SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE) * (free_bytes(device) - STATE_BYTES * trained)
+    to_come = max(0, STATE_BYTES * trained - bytes_of_state(trial.optimizer))
+    return SHARE_OF_FREE_MEMORY.get(device.type, SHARE_ON_A_DEVICE) * (free_bytes(device) - to_come)
+
+
+def bytes_of_state(optimizer: Optimizer) -> int:
+    """Return the bytes that an optimizer's state holds: nothing before the first step, and all of it after a resume."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accel_clip.config import ModelConfig
+from accel_clip.faults import ConfigError
 from accel_clip.models.build import build_model
-from accel_clip.process.accelerator import choose_precision
+from accel_clip.process.accelerator import allow_tf32, choose_precision, must_train_on_cpu, process_as_found
 from accel_clip.randomness import derive_seed
 from helpers.commands import CPU_2, launch, losses_of, train_py
 from helpers.comparison import ADDITIONS_OF_A_STEP, EPSILON, rounding
@@ -244,6 +245,33 @@ def test_the_setting_wins_over_the_launcher_and_its_no_counts_as_unset(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_precision(setting, {"ACCELERATE_MIXED_PRECISION": launcher}) == expected
+
+
+def test_more_processes_than_gpus_are_refused_and_told_how_many_there_may_be() -> None:
+    with pytest.raises(ConfigError, match=r"8 processes and 4 GPU\(s\).*--num_processes 4"):
+        must_train_on_cpu({"LOCAL_WORLD_SIZE": "8"}, 4)
+    assert must_train_on_cpu({"LOCAL_WORLD_SIZE": "8", "ACCELERATE_USE_CPU": "true"}, 4)
+    assert must_train_on_cpu({"LOCAL_WORLD_SIZE": "2"}, 0)
+    assert not must_train_on_cpu({"LOCAL_WORLD_SIZE": "4"}, 4)
+    assert not must_train_on_cpu({}, 0) and not must_train_on_cpu({}, 1)
+
+
+def test_the_precision_is_that_of_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_precision("auto", {}, on_cpu=True) == "no"
+    for setting, launcher in (("fp16", "no"), ("auto", "fp16")):
+        with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+            choose_precision(setting, {"ACCELERATE_MIXED_PRECISION": launcher}, on_cpu=True)
+
+
+def test_older_readers_of_the_product_precision_are_answered() -> None:
+    of_cpu = torch.backends.mkldnn.matmul.fp32_precision
+    with process_as_found():
+        allow_tf32()
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.mkldnn.matmul.fp32_precision == of_cpu
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_emulated_bf16_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +23,18 @@ from accel_clip.models.build import ClipModel, build_model
 from accel_clip.models.data_parallel import DataParallel
 from accel_clip.models.freezing import freeze
 from accel_clip.models.training_model import TrainingModel
+from accel_clip.step import plan
 from accel_clip.step.chunks import Plan as SidedPlan
 from accel_clip.step.chunks import cut_batch
 from accel_clip.step.contrastive import ContrastiveStep
-from accel_clip.step.plan import ModelTrial, choose_plan, graph_bytes
+from accel_clip.step.plan import (
+    ModelTrial,
+    bytes_of_state,
+    choose_plan,
+    free_for_graphs,
+    graph_bytes,
+    try_chunk,
+)
 from helpers.comparison import assert_equal_to_rounding, in_float64
 from helpers.models import small_model
 
@@ -239,7 +248,42 @@ def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def workplace(model: ClipModel) -> tuple[ModelTrial, Anatomy]:
     anatomy = examine(model.clip, model.tokenizer)
-    return ModelTrial(DataParallel(Accelerator(cpu=True), TrainingModel(model)), model, anatomy), anatomy
+    optimizer = torch.optim.AdamW(model.clip.parameters())
+    return ModelTrial(DataParallel(Accelerator(cpu=True), TrainingModel(model)), model, anatomy, optimizer), anatomy
+
+
+def test_a_trial_that_runs_out_of_memory_holds_none_of_it(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    place, _ = workplace(model)
+
+    def full(module: object, given: object) -> None:
+        raise torch.OutOfMemoryError
+
+    def tensors_after_a_trial() -> int:
+        with pytest.raises(torch.OutOfMemoryError):
+            try_chunk(place, place.inputs(4)["image"])
+        gc.collect()
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    model.clip.visual.ln_post.register_forward_pre_hook(full)
+    first = tensors_after_a_trial()
+    assert tensors_after_a_trial() == first
+
+
+def test_moments_that_are_there_already_are_not_planned_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path)
+    place, _ = workplace(model)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 2**30)
+    before = free_for_graphs(place)
+    for each in model.clip.parameters():
+        each.grad = torch.zeros_like(each)
+    place.optimizer.step()
+    moments = bytes_of_state(place.optimizer)
+    assert moments >= 8 * sum(each.numel() for each in model.clip.parameters())
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 2**30 - moments)
+    assert free_for_graphs(place) == before
 
 
 def test_the_budget_decides_how_many_graphs_are_kept(tmp_path: Path) -> None:
