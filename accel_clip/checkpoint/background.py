@@ -81,4 +81,4 @@ class Writer:
 
 def has_memory_for(snapshot: Snapshot) -> bool:
     """Return whether training may go on while a snapshot is held in memory."""
-    return psutil.virtual_memory().available >= MEMORY_FACTOR * snapshot.num_bytes
+    return min(psutil.virtual_memory().available, memory_left()) >= MEMORY_FACTOR * snapshot.num_bytes

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from accel_clip.config import TrainConfig
 from accel_clip.console import say
 from accel_clip.faults import AccelClipError, ConfigError, one_line
+from accel_clip.process.container import core_limit
 from accel_clip.process.environment import check_environment, refusal
 from accel_clip.process.signals import has_launcher
 from accel_clip.process.watchdog import long_patience
@@ -223,7 +224,7 @@ def own_command() -> str:
 def cores_per_process() -> int:
     """Return the CPU cores that each process of the run may count on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_processes())
+    return max(1, int(min(cores, core_limit())) // num_local_processes())
 
 
 def set_threads(threads: int | None) -> None:

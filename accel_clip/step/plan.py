@@ -29,6 +29,7 @@ from accel_clip.models.anatomy import Anatomy
 from accel_clip.models.build import ClipModel
 from accel_clip.models.data_parallel import DataParallel
 from accel_clip.process.accelerator import num_local_processes
+from accel_clip.process.container import memory_left
 from accel_clip.randomness import RandomState
 from accel_clip.step.chunks import Plan
 from accel_clip.step.contrastive import unchanged_statistics
@@ -252,7 +253,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free on a device, or in this machine's memory for one of its processes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // num_local_processes()
+    return int(min(psutil.virtual_memory().available, memory_left())) // num_local_processes()
 
 
 def still_fits(trial: ModelTrial, plan: Plan) -> bool:
