@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 from accel_clip.faults import ConfigError
 from accel_clip.typed import LARGEST_WHOLE, Range, WrongValue, fit, range_of, require_ordinary_numbers, shown_value
 
+FROM_SCRATCH_LR, FROM_SCRATCH_DECAY = 5e-4, 0.2  # as CLIP's ViT-B (arXiv 2103.00020, table 19 and 20)
 GIB = 2**30
 """bytes in the unit of settings that end in _gib"""
 
@@ -202,10 +203,10 @@ class OptimConfig:
 
     name: str = "adamw"
     """adamw, sgd, or any optimizer of timm (accel-clip list optimizers)"""
-    lr: PositiveFactor = 5e-4
-    """highest learning rate"""
-    weight_decay: Factor = 0.2
-    """decoupled weight decay; never applied to parameters below two dimensions"""
+    lr: PositiveFactor | None = None
+    """highest learning rate; null = 5e-4, and 1e-5 where the model brings weights that are trained further"""
+    weight_decay: Factor | None = None
+    """decoupled weight decay; never applied to parameters below two dimensions; null = 0.2, and 0.1 for weights"""
     options: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, such as {betas: [0.9, 0.98]}"""
     lr_by_name: dict[str, Factor] = field(default_factory=dict)
@@ -223,6 +224,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, "optim.")
+
+    @property
+    def peak_lr(self) -> float:
+        """Return the highest learning rate, that of a run from scratch where it is left open."""
+        return FROM_SCRATCH_LR if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> float:
+        """Return the weight decay, that of a run from scratch where it is left open."""
+        return FROM_SCRATCH_DECAY if self.weight_decay is None else self.weight_decay
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import psutil
 
 from accel_clip.checkpoint.snapshot import Snapshot
 from accel_clip.checkpoint.write import write
+from accel_clip.process.container import memory_left
 
 MEMORY_FACTOR = 2  # times the snapshot's size that must be available beside it
 

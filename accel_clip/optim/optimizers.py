@@ -87,9 +87,9 @@ def check_optimizer(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Opt
     given = (next(iter(parameters), ""), "lr", "weight_decay")
     check_options("optim.options", config.name, factory, config.options, given)
     takes_any = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
-    shared = {"lr": config.lr, "weight_decay": config.weight_decay}
+    shared = {"lr": config.peak_lr, "weight_decay": config.decay}
     taken = {name: value for name, value in shared.items() if takes_any or name in parameters}
-    if "weight_decay" not in taken and config.weight_decay > 0:
+    if "weight_decay" not in taken and config.decay > 0:
         raise ConfigError(f"optim.weight_decay: {config.name} has none; set it to 0, or choose another optimizer")
     return partial(factory, **taken, **plain_options(config.options))
 
@@ -122,10 +122,10 @@ def parameter_groups(
     members: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in trainable.items():
         pattern = deciding[name]
-        rate = config.lr if pattern is None else config.lr_by_name[pattern]
-        decay = 0.0 if parameter.ndim < 2 or name in no_weight_decay else config.weight_decay
+        rate = config.peak_lr if pattern is None else config.lr_by_name[pattern]
+        decay = 0.0 if parameter.ndim < 2 or name in no_weight_decay else config.decay
         members.setdefault((rate, decay), []).append(parameter)
-    order = sorted(members, key=lambda pair: (pair[0] != config.lr, -pair[0], -pair[1]))
+    order = sorted(members, key=lambda pair: (pair[0] != config.peak_lr, -pair[0], -pair[1]))
     return [{"params": members[pair], "lr": pair[0], "weight_decay": pair[1], "peak_lr": pair[0]} for pair in order]
 
 

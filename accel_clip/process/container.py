@@ -23,22 +23,22 @@ def core_limit(cgroup: Path = CGROUP) -> float:
     `cpu.max` holds the microseconds of time and of the period that they count for
     (docs.kernel.org/admin-guide/cgroup-v2.html).
     """
-    words = text_of(cgroup / "cpu.max").split()
+    words = words_in(cgroup / "cpu.max").split()
     return math.inf if len(words) != 2 or words[0] == NO_LIMIT else int(words[0]) / int(words[1])
 
 
 def reclaimable(file: Path) -> int:
     """Return the bytes of files kept in memory, which the kernel gives up before it refuses any."""
-    rows = (line.split() for line in text_of(file).splitlines())
+    rows = (line.split() for line in words_in(file).splitlines())
     return sum(int(row[1]) for row in rows if row[0] == "inactive_file")
 
 
 def first_word(file: Path) -> str | None:
     """Return the first word of a file, None where there is none."""
-    return next(iter(text_of(file).split()), None)
+    return next(iter(words_in(file).split()), None)
 
 
-def text_of(file: Path) -> str:
+def words_in(file: Path) -> str:
     """Return what a file of the kernel says, nothing where it is not there."""
     try:
         return file.read_text(encoding="ascii")

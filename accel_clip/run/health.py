@@ -74,7 +74,7 @@ def rate_warning(config: Config) -> str | None:
     by_name = {name: rate for name, rate in config.optim.lr_by_name.items() if not name.startswith("logit")}
     rates = {f"optim.lr_by_name.{name}": rate for name, rate in by_name.items()}
     if not {"image", "text"} <= set(by_name):
-        rates["optim.lr"] = config.optim.lr
+        rates["optim.lr"] = config.optim.peak_lr
     key = max(rates, key=lambda name: rates[name])
     if not config.model.trains_weights or rates[key] <= HIGH_RATE_FOR_WEIGHTS:
         return None

@@ -9,12 +9,14 @@ from functools import partial
 
 from accel_clip.checkpoint.saved_state import ModelState
 from accel_clip.config import Config, SourceConfig
+from accel_clip.console import say
 from accel_clip.data.sources.resolve import Locations, as_written, locate
 from accel_clip.models.description import check_described
 from accel_clip.plugins import load_plugins
 from accel_clip.process.environment import check_environment
 from accel_clip.redaction import refuse_credentials
 from accel_clip.run.problems import Attempts
+from accel_clip.run.rates import describe_rates
 from accel_clip.run.resume import Decision, decide
 
 Check = Callable[[], object]
@@ -44,7 +46,9 @@ def prepare(config: Config) -> Start:
     if decision.described is None:  # a run that goes on has it in its checkpoint
         check_described(config.model)
     decision.require_allowed()
-    return Start(config, decision, find_sources(config))
+    if (rates := describe_rates(config, decision.config)) is not None:
+        say(rates)
+    return Start(decision.config, decision, find_sources(config))
 
 
 def find_sources(config: Config) -> Locations:

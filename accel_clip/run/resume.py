@@ -20,6 +20,7 @@ from accel_clip.faults import ConfigError
 from accel_clip.files.lock import held_error, is_held
 from accel_clip.files.marked import will_stand_whole
 from accel_clip.run.folder import RunFolder
+from accel_clip.run.rates import with_rates
 from accel_clip.typed_json import WrongContent, read_json
 
 MAY_CHANGE = (
@@ -44,6 +45,8 @@ class Decision:
     """settings of the run in the folder that are others now, empty without one"""
     described: ModelState | None
     """how the newest checkpoint describes the model, None where none is gone on from or none says"""
+    config: Config
+    """the settings, with the rates that were left open"""
     refusal: ConfigError | None = None
     """why the folder cannot be used, or holds a run that these settings do not continue"""
 
@@ -66,6 +69,7 @@ def decide(config: Config) -> Decision:
         if is_first_process() and is_held(folder.path):
             raise held_error(folder.path)
         saved = saved_settings(folder, config)
+        config = with_rates(config, saved)
         changes = {} if saved is None else differences(saved, config)
         is_over = saved is not None and is_complete(folder, config, changes)
         folder.check([] if is_over else written_folders(folder, config), holds_run=saved is not None)
@@ -74,8 +78,9 @@ def decide(config: Config) -> Decision:
         if saved is not None:
             require_continued(folder, config, changes)
     except ConfigError as refusal:
-        return Decision("refused", {}, described, refusal)
-    return Decision("new" if saved is None else "complete" if is_over else "goes on", changes, described)
+        return Decision("refused", {}, described, with_rates(config, None), refusal)
+    kind: Literal["new", "complete", "goes on"] = "new" if saved is None else "complete" if is_over else "goes on"
+    return Decision(kind, changes, described, config)
 
 
 def written_folders(folder: RunFolder, config: Config) -> list[Path]:

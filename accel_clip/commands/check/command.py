@@ -89,7 +89,7 @@ def look_at_everything_named(config: Config, problems: Problems) -> Start | None
     locations = locate_sources(config, problems)
     for name_check in name_checks(config, decision.described):
         problems.attempt(name_check)
-    return Start(config, decision, locations)
+    return Start(decision.config, decision, locations)
 
 
 def measured(parts: PlannedParts, goes_on: bool, num_samples: int, seconds: float, problems: Problems) -> Report:
