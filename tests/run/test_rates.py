@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from accel_clip.command_line import save_config
+from accel_clip.command_line import load_config, save_config
 from accel_clip.config import Config, ModelConfig, OptimConfig
 from accel_clip.run.folder import RunFolder
+from accel_clip.run.health import rate_warning
 from accel_clip.run.rates import describe_rates, with_rates
 from accel_clip.run.resume import decide
 
 SCRATCH, WEIGHTS = (5e-4, 0.2), (1e-5, 0.1)
 PRETRAINED = ModelConfig("ViT-B-32", "laion2b_s34b_b79k")
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def rates(config: Config) -> tuple[float | None, float | None]:
@@ -59,3 +61,10 @@ def test_a_run_goes_on_with_the_rates_that_it_has_written_down(tmp_path: Path) -
     assert decision.kind == "goes on" and not decision.changes and rates(decision.config) == SCRATCH
     other = decide(replace(given, optim=OptimConfig(lr=1e-5)))
     assert other.kind == "refused" and "optim.lr" in str(other.refusal)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("finetune*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_for_weights_is_whole_and_no_rate_in_it_is_too_high(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config.model.trains_weights and rate_warning(config) is None
+    assert None not in rates(config)
