@@ -46,7 +46,8 @@ def prepare(config: Config) -> Start:
     if decision.described is None:  # a run that goes on has it in its checkpoint
         check_described(config.model)
     decision.require_allowed()
-    if (rates := describe_rates(config, decision.config)) is not None:
+    rates = describe_rates(config, decision.config) if decision.kind == "new" else None
+    if rates is not None:
         say(rates)
     return Start(decision.config, decision, find_sources(config))
 
