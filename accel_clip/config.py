@@ -217,6 +217,9 @@ class OptimConfig:
     """arguments of the schedule, such as {period: 500, multiplier: 2} for cosine_restarts"""
     warmup: Annotated[float, Range(0, 10**12)] = 0.1
     """linear warm-up: a fraction of the run when below 1, else steps"""
+    length: Steps | None = None
+    """optimizer steps that the schedule is for; null = those of the run. A run that is lengthened keeps its curve, and
+    goes on at the last rate of it, where this is its former length"""
     min_lr_ratio: Share = 0.0
     """the schedule's lowest learning rate, as a share of the highest"""
     grad_clip: PositiveFactor | None = 1.0

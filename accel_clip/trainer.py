@@ -24,7 +24,7 @@ from accel_clip.run.evaluations import Evaluations
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.logbook import Logbook
 from accel_clip.run.non_finite import NonFinitePolicy, RolledBack
-from accel_clip.run.parts import build_run
+from accel_clip.run.parts import build_run, lengthening
 from accel_clip.run.preconditions import Start
 from accel_clip.run.resumable import Resumable, build_saver, read_inputs
 from accel_clip.run.session import Session, Watch, open_session, watched
@@ -63,6 +63,7 @@ class Trainer:
         saved_plan = self.resumable.begin(self.checkpoint)
         if self.checkpoint is None and parts.lacks_weights is not None:
             raise parts.lacks_weights
+        self.lengthening = lengthening(start, parts.data, self.state.step)
         self.saved_step = None if self.checkpoint is None else self.checkpoint.step
         stage = self.timetable.stage(self.state)
         learns = (parts.model, parts.loss, parts.assembly, parts.data.schedule)
@@ -99,6 +100,8 @@ class Trainer:
         describe_processes(self.accelerator)
         for line in self.parts.described():
             say(line)
+        if self.lengthening is not None:
+            say(self.lengthening)
         try:
             return open_caches(self.parts, self.frozen_tower, self.folder, watch.lookout)
         except StopAsked:

@@ -67,7 +67,7 @@ def wsd(step: int, num_steps: int, min_ratio: float, *, decay: float = 0.2) -> f
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule with its warm-up, for a run of a known length."""
+    """A schedule with its warm-up, for a run of a known length; see `optim.length`."""
 
     decline: Callable[[int, int, float], float]
     """from step, number of steps and lowest ratio, counted after the warm-up, to the multiplier"""
@@ -77,13 +77,16 @@ class Schedule:
     """optimizer steps in which the rate rises"""
     min_ratio: float
     """the lowest rate, as a share of the highest"""
+    num_curve_steps: int
+    """optimizer steps after which the rate stays as it is: those of the run, or `optim.length`"""
 
     def multiplier(self, step: int) -> float:
         """Return what the highest rate is multiplied by in optimizer step `step`, which is in [0, num_steps)."""
         assert 0 <= step < self.num_steps, f"step {step} of a run of {self.num_steps}"
         if step < self.num_warmup_steps:
             return (step + 1) / self.num_warmup_steps
-        return self.decline(step - self.num_warmup_steps, self.num_steps - self.num_warmup_steps, self.min_ratio)
+        place = min(step, self.num_curve_steps - 1) - self.num_warmup_steps
+        return self.decline(place, self.num_curve_steps - self.num_warmup_steps, self.min_ratio)
 
 
 def build_schedule(config: OptimConfig, num_steps: int) -> Schedule:
@@ -92,8 +95,11 @@ def build_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     Raises `ConfigError` as `check_schedule` does, for option values that cannot work, and for too long a warm-up.
     """
     decline = partial(check_schedule(config), **config.schedule_options)
-    schedule = Schedule(decline, num_steps, num_warmup_steps(config.warmup, num_steps), config.min_lr_ratio)
-    schedule.multiplier(schedule.num_warmup_steps)  # a value that cannot work is found here, not hours into the run
+    length = config.length or num_steps
+    schedule = Schedule(decline, num_steps, num_warmup_steps(config.warmup, length), config.min_lr_ratio, length)
+    schedule.multiplier(
+        min(schedule.num_warmup_steps, num_steps - 1)
+    )  # a value that cannot work is found here, not hours into the run
     return schedule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from accel_clip.run.health import rate_warning
 from accel_clip.run.hooks import Hooks
 from accel_clip.run.preconditions import Start
 from accel_clip.run.problems import Attempts
+from accel_clip.run.rates import describe_lengthening
 from accel_clip.run.rebuilding import build_for_run
+from accel_clip.run.resume import LENGTHENS
 from accel_clip.run.stopping import check_metric
 from accel_clip.run.timetable import Timetable
 from accel_clip.run.tracking import TRAINING_METRICS
@@ -262,6 +264,16 @@ def build_evaluator(
         max_pixels=config.data.max_pixels,
         num_workers=num_workers,
     )
+
+
+def lengthening(start: Start, data: RunData, step: int) -> str | None:
+    """Return what becomes of the learning rate where a run that goes on after `step` has another length than before."""
+    changes = start.decision.changes
+    former = {key.removeprefix("train."): before for key, (before, _) in changes.items() if key in LENGTHENS}
+    if not former:
+        return None
+    former_steps = data.feed.num_steps(replace(start.config.train, **former))
+    return describe_lengthening(start.config, data.schedule, former_steps, step)
 
 
 def check_watched(config: Config, evaluator: Evaluator) -> None:

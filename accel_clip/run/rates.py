@@ -1,10 +1,11 @@
-"""The learning rate and weight decay of a run whose settings leave them open: by what it begins with."""
+"""The rates of a run that its settings leave open, by what it begins with, and those of one that is lengthened."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from accel_clip.config import Config
+from accel_clip.optim.schedules import Schedule, build_schedule
 
 FOR_WEIGHTS_LR, FOR_WEIGHTS_DECAY = 1e-5, 0.1  # published fine-tunes of CLIP lie between 1e-6 and 5e-5
 
@@ -34,3 +35,18 @@ def describe_rates(given: Config, settled: Config) -> str | None:
     numbers = {"optim.lr": settled.optim.peak_lr, "optim.weight_decay": settled.optim.decay}
     chosen = ", ".join(f"{key} {numbers[key]:g}" for key, value in values.items() if value is None)
     return f"{chosen}: the model brings weights, and this is gentle to them; a value of your own wins"
+
+
+def describe_lengthening(config: Config, schedule: Schedule, former_steps: int, step: int) -> str | None:
+    """Return what becomes of the rate in a run that goes on after `step` and had `former_steps`, None where nothing."""
+    if schedule.num_steps == former_steps or step >= min(schedule.num_steps, former_steps + 1):
+        return None
+    former = build_schedule(config.optim, former_steps).multiplier(min(step, former_steps - 1))
+    now = schedule.multiplier(step)
+    rates = f"optim.lr goes on at {config.optim.peak_lr * now:.3g}"
+    if now == former:
+        return f"{rates}, by the curve of {schedule.num_curve_steps} steps that it had (optim.length)"
+    return (
+        f"{rates}, where it was {config.optim.peak_lr * former:.3g}: its curve is that of {schedule.num_curve_steps} "
+        f"steps now, and had {former_steps}; --optim.length {former_steps} keeps the former curve"
+    )

@@ -26,7 +26,7 @@ from accel_clip.typed_json import WrongContent, read_json
 MAY_CHANGE = (
     *("output_dir", "train.epochs", "train.steps", "train.micro_batch_size", "train.activation_gib", "train.threads"),
     *("train.timeout", "data.workers", "data.prefetch", "data.image_root", "data.image_cache_gib"),
-    *("hooks", "eval.", "checkpoint.", "track.", "stop."),
+    *("hooks", "optim.length", "eval.", "checkpoint.", "track.", "stop."),
 )
 """Settings, or sections ending in a dot, that decide nothing about the steps that were taken."""
 LENGTHENS = ("train.epochs", "train.steps")

@@ -9,9 +9,10 @@ import pytest
 
 from accel_clip.command_line import load_config, save_config
 from accel_clip.config import Config, ModelConfig, OptimConfig
+from accel_clip.optim.schedules import build_schedule
 from accel_clip.run.folder import RunFolder
 from accel_clip.run.health import rate_warning
-from accel_clip.run.rates import describe_rates, with_rates
+from accel_clip.run.rates import describe_lengthening, describe_rates, with_rates
 from accel_clip.run.resume import decide
 
 SCRATCH, WEIGHTS = (5e-4, 0.2), (1e-5, 0.1)
@@ -68,3 +69,25 @@ def test_a_recipe_for_weights_is_whole_and_no_rate_in_it_is_too_high(recipe: Pat
     config = load_config(recipe)
     assert config.model.trains_weights and rate_warning(config) is None
     assert None not in rates(config)
+
+
+def lengthened(length: int | None, former_steps: int, num_steps: int, step: int) -> str | None:
+    config = Config(optim=OptimConfig(lr=1.0, warmup=2, length=length))
+    return describe_lengthening(config, build_schedule(config.optim, num_steps), former_steps, step)
+
+
+def test_a_rate_that_jumps_where_a_run_is_lengthened_is_told_with_the_way_to_keep_it() -> None:
+    line = lengthened(None, 12, 22, 12)
+    assert line is not None and "goes on at 0.5, where it was 0.0245" in line and "--optim.length 12" in line
+    kept = lengthened(12, 12, 22, 12)
+    assert kept is not None and "goes on at 0.0245, by the curve of 12 steps that it had" in kept
+    assert lengthened(None, 12, 12, 6) is None
+
+
+def test_the_curve_of_a_schedule_ends_where_its_length_says() -> None:
+    config = OptimConfig(warmup=2, length=12)
+    whole, longer = build_schedule(replace(config, length=None), 12), build_schedule(config, 30)
+    assert [longer.multiplier(step) for step in range(12)] == [whole.multiplier(step) for step in range(12)]
+    assert {longer.multiplier(step) for step in range(11, 30)} == {whole.multiplier(11)}
+    shorter = build_schedule(replace(config, length=100), 30)
+    assert shorter.multiplier(29) > 0.7
