@@ -97,9 +97,8 @@ def build_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     decline = partial(check_schedule(config), **config.schedule_options)
     length = config.length or num_steps
     schedule = Schedule(decline, num_steps, num_warmup_steps(config.warmup, length), config.min_lr_ratio, length)
-    schedule.multiplier(
-        min(schedule.num_warmup_steps, num_steps - 1)
-    )  # a value that cannot work is found here, not hours into the run
+    first = min(schedule.num_warmup_steps, num_steps - 1)
+    schedule.multiplier(first)  # a value that cannot work is found here, not hours into the run
     return schedule
 
 

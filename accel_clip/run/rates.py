@@ -39,7 +39,7 @@ def describe_rates(given: Config, settled: Config) -> str | None:
 
 def describe_lengthening(config: Config, schedule: Schedule, former_steps: int, step: int) -> str | None:
     """Return what becomes of the rate in a run that goes on after `step` and had `former_steps`, None where nothing."""
-    if schedule.num_steps == former_steps or step >= min(schedule.num_steps, former_steps + 1):
+    if schedule.num_steps == former_steps or step >= schedule.num_steps:
         return None
     former = build_schedule(config.optim, former_steps).multiplier(min(step, former_steps - 1))
     now = schedule.multiplier(step)
