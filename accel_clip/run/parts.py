@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from accel_clip.config import Config, OptimConfig
+from accel_clip.config import Config, OptimConfig, require
 from accel_clip.data.feed import Feed, build_feed
 from accel_clip.data.order import check_divisible
 from accel_clip.data.pairs import PairsOfRun, open_training
@@ -34,7 +34,7 @@ from accel_clip.run.rebuilding import build_for_run
 from accel_clip.run.resume import LENGTHENS
 from accel_clip.run.stopping import check_metric
 from accel_clip.run.timetable import Timetable
-from accel_clip.run.tracking import TRAINING_METRICS
+from accel_clip.run.tracking import OWN_CLOCK, TRAINING_METRICS
 from accel_clip.step.assembly import Assembly, assemble
 from accel_clip.step.plan import settle_reduction
 
@@ -147,7 +147,7 @@ def build_parts(
     sources = (data.held_out, data.labelled)
     evaluator = attempt(partial(build_evaluator, config, accelerator, model, loss, *sources, num_workers))
     if evaluator is not None:
-        attempt(partial(check_watched, config, evaluator))
+        attempt(partial(check_watched, config, evaluator, number))
     hooks = attempt(partial(Hooks, config, model, accelerator))
     if attempts or assembly is None or evaluator is None or hooks is None:
         return None
@@ -276,8 +276,10 @@ def lengthening(start: Start, data: RunData, step: int) -> str | None:
     return describe_lengthening(start.config, data.schedule, former_steps, step)
 
 
-def check_watched(config: Config, evaluator: Evaluator) -> None:
-    """Raise `ConfigError` for a metric to watch that the run does not measure."""
+def check_watched(config: Config, evaluator: Evaluator, num_processes: int) -> None:
+    """Raise `ConfigError` for a metric to watch that the run does not measure, or that each process measures alone."""
     metric = config.stop.metric
+    rule = "each process measures it by its own clock: watch another metric"
+    require(metric not in OWN_CLOCK or num_processes == 1, "stop.metric", metric, rule)
     if metric is not None and not metric.startswith("loss/"):
         check_metric(metric, {*TRAINING_METRICS, *evaluator.metric_names()})

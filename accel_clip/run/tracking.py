@@ -25,6 +25,7 @@ from accel_clip.run.folder import RunFolder
 
 TENSORBOARD = "tensorboard"
 TRAINING_METRICS = ("loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "data_time", "step_time")
+OWN_CLOCK = ("samples_per_second", "step_time")  # differ between processes
 OF_WANDB = {"id": "RUN_ID", "resume": "RESUME", "dir": "DIR"}  # arguments of its own, and the ends of its variables
 PACKAGES = {name: name for name in LOGGER_TYPE_TO_CLASS} | {"comet_ml": "comet-ml"}
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from typing import cast
 
 import pytest
 
+from accel_clip.config import Config, StopConfig
+from accel_clip.evaluation.evaluator import Evaluator
 from accel_clip.faults import ConfigError
+from accel_clip.run.parts import check_watched
 from accel_clip.run.stopping import EarlyStopping, Verdict, check_metric
 
 
@@ -92,3 +96,10 @@ def test_a_metric_that_is_not_logged_is_refused():
     check_metric("val/loss", ["loss", "val/loss"])
     with pytest.raises(ConfigError, match=r"stop\.metric: 'val/los'.*did you mean 'val/loss'"):
         check_metric("val/los", ["loss", "val/loss", "val/text_to_image_R@1"])
+
+
+@pytest.mark.parametrize("metric", ["samples_per_second", "step_time"])
+def test_what_each_process_measures_by_its_own_clock_cannot_be_watched_by_several(metric: str) -> None:
+    config = Config(stop=StopConfig(metric=metric))
+    with pytest.raises(ConfigError, match=f"stop.metric: '{metric}'.*its own clock"):
+        check_watched(config, cast(Evaluator, None), 2)
