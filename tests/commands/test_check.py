@@ -265,7 +265,14 @@ def test_every_mistake_is_told_in_one_run(tmp_path: Path, check: Checker) -> Non
     )
     problems = [line.strip() for line in out.split("problems\n")[1].split("\n\n")[0].splitlines()]
     expected = [
-        *("optim.lrr", "optim.lr: expected float, got fast", "cosin'", "'visul.*'", "'txt.*'", "train.epochs: -1"),
+        *(
+            "optim.lrr",
+            "optim.lr: expected float, null, got fast",
+            "cosin'",
+            "'visul.*'",
+            "'txt.*'",
+            "train.epochs: -1",
+        ),
         *("int8", "moddel", "clipp", "adamv", "vizual.*", "'tex'", "nowhere.csv", "data.image_key: broken.csv"),
         *("nothere.tsv", "tensorbord", "train.batch_size: 255", "data.wrkers", "stop.patience: 3", "stray"),
     ]

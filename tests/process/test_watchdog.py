@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from accel_clip.faults import PeerEnded, recognise
+from accel_clip.faults import ConfigError, PeerEnded, recognise
 from accel_clip.process.accelerator import stay_on_this_machine
 from accel_clip.process.watchdog import LONG_SECONDS, Watchdog, long_patience
 from helpers.commands import ROOT, run
@@ -116,9 +116,15 @@ def test_the_error_of_the_process_that_died_is_the_one_that_is_seen(tmp_path: Pa
         assert processes[1].returncode == -signal.SIGKILL
 
 
+def test_a_full_gpu_is_told_with_the_settings_that_make_room() -> None:
+    for text in ("CUDA out of memory. Tried to allocate 2.00 GiB", "MPS backend out of memory (MPS allocated: 9 GB)"):
+        told = recognise(RuntimeError(text))
+        assert isinstance(told, ConfigError)
+        assert "train.activation_gib" in str(told) and "train.micro_batch_size" in str(told)
+
+
 def test_errors_of_this_process_are_not_taken_for_those_of_others() -> None:
     own = [
-        "CUDA out of memory. Tried to allocate 2.00 GiB",
         "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598",
         "HTTPSConnectionPool: Connection reset by peer",
         "[c10d] The server socket has failed to listen on any local network address. port: 29500, EADDRINUSE",

@@ -20,7 +20,7 @@ from accel_clip.models.training_model import TrainingModel
 from accel_clip.process import transfer
 from accel_clip.step.chunks import cut_batch
 from accel_clip.step.contrastive import ContrastiveStep
-from step.test_contrastive import Plan, make_batch, make_model
+from helpers.steps import Plan, make_batch, make_model
 
 META = torch.device("meta")
 
